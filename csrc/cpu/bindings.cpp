@@ -1,0 +1,166 @@
+// flowops._C: CPU kernels behind raw pointers. Checks live in Python (flowops/); what arrives here
+// is trusted. One table of kernels per instruction set; the widest that this processor runs is
+// picked when the module is loaded.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace flowops {
+
+FLOWOPS_DECLARE_KERNELS(baseline)
+#ifdef FLOWOPS_X86_LEVELS
+FLOWOPS_DECLARE_KERNELS(v3)
+FLOWOPS_DECLARE_KERNELS(v4)
+#endif
+
+namespace {
+
+std::vector<Kernels> supported_kernels() {
+    std::vector<Kernels> tables{FLOWOPS_KERNELS(baseline)};
+#ifdef FLOWOPS_X86_LEVELS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2"))
+        tables.push_back(FLOWOPS_KERNELS(v3));
+    if (tables.size() == 2 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        tables.push_back(FLOWOPS_KERNELS(v4));
+#endif
+    return tables;
+}
+
+const std::vector<Kernels> &available() {
+    static const std::vector<Kernels> tables = supported_kernels();
+    return tables;
+}
+
+Kernels active = available().back();
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Kernels &table : available()) names.emplace_back(table.isa);
+    return names;
+}
+
+void set_isa(const std::string &name) {
+    for (const Kernels &table : available())
+        if (name == table.isa) {
+            active = table;
+            return;
+        }
+    throw std::invalid_argument("isa: '" + name + "' does not run on this processor");
+}
+
+using Address = uintptr_t;
+
+template <class T>
+T *at(Address address) {
+    return reinterpret_cast<T *>(address);
+}
+
+// The arguments that every affine kernel takes, in the order of flowops/affine.py.
+template <class Args>
+Args affine_args(int x_dtype, int params_dtype, int64_t B, int64_t T, int64_t C, bool has_scale,
+                 bool reverse, int threads, Address x, int64_t x_stride_b, int64_t x_stride_t,
+                 Address params, int64_t params_stride_b, int64_t params_stride_t) {
+    Args args{};
+    args.x_dtype = DType(x_dtype);
+    args.params_dtype = DType(params_dtype);
+    args.B = B;
+    args.T = T;
+    args.C = C;
+    args.has_scale = has_scale;
+    args.reverse = reverse;
+    args.threads = threads;
+    args.x = at<const void>(x);
+    args.x_stride_b = x_stride_b;
+    args.x_stride_t = x_stride_t;
+    args.params = at<const void>(params);
+    args.params_stride_b = params_stride_b;
+    args.params_stride_t = params_stride_t;
+    return args;
+}
+
+void affine_forward(int xd, int pd, int64_t B, int64_t T, int64_t C, bool has_scale, bool reverse,
+                    int threads, Address x, int64_t xb, int64_t xt, Address params, int64_t pb,
+                    int64_t pt, Address z, Address logdet) {
+    auto args = affine_args<AffineForwardArgs>(xd, pd, B, T, C, has_scale, reverse, threads, x, xb,
+                                               xt, params, pb, pt);
+    std::vector<double> partial(size_t(B * affine_chunks(T, C)));
+    args.z = at<void>(z);
+    args.logdet = at<void>(logdet);
+    args.partial = partial.data();
+    py::gil_scoped_release release;
+    active.affine_forward(args);
+}
+
+template <void (*Kernels::*kernel)(const AffineBackwardArgs &)>
+void affine_backward(int xd, int pd, int64_t B, int64_t T, int64_t C, bool has_scale, bool reverse,
+                     int threads, Address x, int64_t xb, int64_t xt, Address params, int64_t pb,
+                     int64_t pt, Address grad_out, Address grad_logdet, Address grad_x,
+                     Address grad_params) {
+    auto args = affine_args<AffineBackwardArgs>(xd, pd, B, T, C, has_scale, reverse, threads, x, xb,
+                                                xt, params, pb, pt);
+    args.grad_out = at<const void>(grad_out);
+    args.grad_logdet = at<const void>(grad_logdet);
+    args.grad_x = at<void>(grad_x);
+    args.grad_params = at<void>(grad_params);
+    py::gil_scoped_release release;
+    (active.*kernel)(args);
+}
+
+void affine_inverse(int xd, int pd, int64_t B, int64_t T, int64_t C, bool has_scale, bool reverse,
+                    int threads, Address z, int64_t zb, int64_t zt, Address params, int64_t pb,
+                    int64_t pt, Address out) {
+    auto args = affine_args<AffineInverseArgs>(xd, pd, B, T, C, has_scale, reverse, threads, z, zb,
+                                               zt, params, pb, pt);
+    args.out = at<void>(out);
+    py::gil_scoped_release release;
+    active.affine_inverse(args);
+}
+
+// rng is the address of int64[2] = (seed, offset).
+void noise(int kind, Address rng, int64_t rows, int64_t width, Address out, int threads) {
+    const int64_t *words = at<const int64_t>(rng);
+    const NoiseArgs args{uint64_t(words[0]), uint64_t(words[1]), rows,   width,
+                         NoiseKind(kind),    at<void>(out),      threads};
+    py::gil_scoped_release release;
+    active.noise(args);
+}
+
+void pad_noise(int dtype, Address rng, int64_t rows, int64_t features, int64_t pad, Address x,
+               int64_t x_stride, Address out, double pad_scale, double data_scale, int threads) {
+    const int64_t *words = at<const int64_t>(rng);
+    const PadNoiseArgs args{DType(dtype), uint64_t(words[0]), uint64_t(words[1]), rows,
+                            features,     pad,                at<const void>(x),  x_stride,
+                            at<void>(out), pad_scale,         data_scale,         threads};
+    py::gil_scoped_release release;
+    active.pad_noise(args);
+}
+
+}  // namespace
+}  // namespace flowops
+
+PYBIND11_MODULE(_C, m) {
+    using namespace flowops;
+    m.doc() = "CPU kernels of flowops; called by flowops/, not by users.";
+    m.def("isas", &isas, "Instruction sets that this processor runs, narrowest first.");
+    m.def("isa", [] { return std::string(active.isa); }, "The instruction set in use.");
+    m.def("set_isa", &set_isa, "Use another one; for tests.");
+    m.def("affine_forward", &affine_forward);
+    m.def("affine_backward", &affine_backward<&Kernels::affine_backward>);
+    m.def("affine_inverse", &affine_inverse);
+    m.def("affine_inverse_backward", &affine_backward<&Kernels::affine_inverse_backward>);
+    m.def("noise", &noise);
+    m.def("pad_noise", &pad_noise);
+}

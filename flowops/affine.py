@@ -1,0 +1,310 @@
+r"""The autoregressive affine step of TarFlow and MAF.
+
+With ``a`` the log-scales, ``b`` the shifts and ``a_{-1} = b_{-1} = 0``,
+
+    z_i = (x_i - b_{i-1}) exp(-a_{i-1}),     logdet = - sum_{i,c} a_{i-1,c}     (nats)
+    x_i = z_i exp(a_{i-1}) + b_{i-1}
+
+Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329), eq. 3-5;
+Papamakarios et al., "Masked Autoregressive Flow" (arXiv 1705.07057), eq. 3-4.
+"""
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+# --- reference: plain PyTorch, differentiable, exact in fp64 -------------------------------------
+
+
+def affine_update_reference(
+    x: Tensor, params: Tensor, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``affine_update`` in plain PyTorch."""
+    a, b = _shifted(x, params, reverse)
+    z = (x.to(b.dtype) - b) * torch.exp(-a)
+    return z.to(x.dtype), -a.sum(dim=(1, 2))
+
+
+def affine_inverse_reference(z: Tensor, params: Tensor, reverse: bool = False) -> Tensor:
+    """``affine_inverse`` in plain PyTorch."""
+    a, b = _shifted(z, params, reverse)
+    return (z.to(b.dtype) * torch.exp(a) + b).to(z.dtype)
+
+
+def affine_update_backward_reference(grad_z, grad_logdet, x, params, reverse=False):
+    """Gradients of ``affine_update``: ``dx = g e^-a``, ``db = -g e^-a``, ``da = -g z - g_logdet``."""
+    a, b = _shifted(x, params, reverse)
+    grad_x = grad_z.to(b.dtype) * torch.exp(-a)
+    grad_a = -grad_x * (x.to(b.dtype) - b)
+    grad_a = grad_a - grad_logdet.to(b.dtype)[:, None, None]
+    return grad_x.to(x.dtype), _unshifted(grad_a, -grad_x, params, reverse)
+
+
+def affine_inverse_backward_reference(grad_x, z, params, reverse=False):
+    """Gradients of ``affine_inverse``: ``dz = g e^a``, ``da = g z e^a``, ``db = g``."""
+    a, b = _shifted(z, params, reverse)
+    grad_x = grad_x.to(b.dtype)
+    grad_z = grad_x * torch.exp(a)
+    grad_params = _unshifted(grad_z * z.to(b.dtype), grad_x, params, reverse)
+    return grad_z.to(z.dtype), grad_params
+
+
+def _shifted(x: Tensor, params: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """``a_{i-1}, b_{i-1}`` in x's token order and the dtype of the arithmetic."""
+    params = params.to(_compute_dtype(x, params))
+    params = torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
+    if reverse:
+        params = params.flip(1)
+    if params.shape[2] == x.shape[2]:
+        return torch.zeros_like(params), params
+    a, b = params.chunk(2, dim=2)
+    return a, b
+
+
+def _unshifted(grad_a: Tensor, grad_b: Tensor, params: Tensor, reverse: bool) -> Tensor:
+    """The adjoint of ``_shifted``."""
+    only_shift = params.shape[2] == grad_b.shape[2]
+    grad = grad_b if only_shift else torch.cat([grad_a, grad_b], dim=2)
+    if reverse:
+        grad = grad.flip(1)
+    return torch.cat([grad[:, 1:], torch.zeros_like(grad[:, :1])], dim=1).to(params.dtype)
+
+
+def _compute_dtype(x: Tensor, params: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, params.dtype) else torch.float32
+
+
+# --- registration --------------------------------------------------------------------------------
+
+
+def _flops(x, params, *_):
+    return 4 * x[0] * x[1] * params[2]  # exp, subtract, multiply, sum: two an input, both ways
+
+
+@dispatch.define_op(
+    "affine_update(Tensor x, Tensor params, bool reverse) -> (Tensor, Tensor)", _flops
+)
+def _(x, params, reverse):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=_compute_dtype(x, params))
+
+
+@dispatch.define_op("affine_inverse(Tensor z, Tensor params, bool reverse) -> Tensor", _flops)
+def _(z, params, reverse):
+    return z.new_empty(z.shape)
+
+
+@dispatch.define_op(
+    "affine_update_backward(Tensor grad_z, Tensor grad_logdet, Tensor x, Tensor params, bool reverse)"
+    " -> (Tensor, Tensor)"
+)
+def _(grad_z, grad_logdet, x, params, reverse):
+    return x.new_empty(x.shape), params.new_empty(params.shape)
+
+
+@dispatch.define_op(
+    "affine_inverse_backward(Tensor grad_x, Tensor z, Tensor params, bool reverse)"
+    " -> (Tensor, Tensor)"
+)
+def _(grad_x, z, params, reverse):
+    return z.new_empty(z.shape), params.new_empty(params.shape)
+
+
+# --- backends ------------------------------------------------------------------------------------
+
+
+def _contiguous(function):
+    """Registered ops promise contiguous outputs; expressions of flips and slices don't."""
+
+    def contiguous(*args):
+        out = function(*args)
+        return out.contiguous() if isinstance(out, Tensor) else tuple(t.contiguous() for t in out)
+
+    return contiguous
+
+
+dispatch.implement("affine_update", "reference")(_contiguous(affine_update_reference))
+dispatch.implement("affine_inverse", "reference")(_contiguous(affine_inverse_reference))
+dispatch.implement("affine_update_backward", "reference")(
+    _contiguous(affine_update_backward_reference)
+)
+dispatch.implement("affine_inverse_backward", "reference")(
+    _contiguous(affine_inverse_backward_reference)
+)
+
+
+def _cpu_supports(*args) -> str | None:
+    x, params = args[-3:-1]
+    if x.dtype != params.dtype and (x.dtype, params.dtype) != (torch.float32, torch.bfloat16):
+        return f"no native CPU kernel for x in {x.dtype} with params in {params.dtype}"
+    return dispatch.cpu_dtype_reason(x, params)
+
+
+def _native_args(x: Tensor, params: Tensor, reverse: bool) -> tuple:
+    B, T, C = x.shape
+    return (
+        *(dispatch.NATIVE_DTYPES[x.dtype], dispatch.NATIVE_DTYPES[params.dtype]),
+        *(B, T, C, params.shape[2] != C, reverse, torch.get_num_threads()),
+        *(x.data_ptr(), x.stride(0), x.stride(1)),
+        *(params.data_ptr(), params.stride(0), params.stride(1)),
+    )
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+@dispatch.implement("affine_update", "cpu", _cpu_supports)
+def _(x, params, reverse):
+    x, params = _dense_rows(x), _dense_rows(params)
+    z = x.new_empty(x.shape)
+    logdet = x.new_empty(x.shape[0], dtype=_compute_dtype(x, params))
+    dispatch.native().affine_forward(
+        *_native_args(x, params, reverse), z.data_ptr(), logdet.data_ptr()
+    )
+    return z, logdet
+
+
+@dispatch.implement("affine_inverse", "cpu", _cpu_supports)
+def _(z, params, reverse):
+    z, params = _dense_rows(z), _dense_rows(params)
+    x = z.new_empty(z.shape)
+    dispatch.native().affine_inverse(*_native_args(z, params, reverse), x.data_ptr())
+    return x
+
+
+@dispatch.implement("affine_update_backward", "cpu", _cpu_supports)
+def _(grad_z, grad_logdet, x, params, reverse):
+    return _native_backward("affine_backward", grad_z, grad_logdet, x, params, reverse)
+
+
+@dispatch.implement("affine_inverse_backward", "cpu", _cpu_supports)
+def _(grad_x, z, params, reverse):
+    return _native_backward("affine_inverse_backward", grad_x, None, z, params, reverse)
+
+
+def _native_backward(kernel, grad_out, grad_logdet, x, params, reverse):
+    x, params, grad_out = _dense_rows(x), _dense_rows(params), grad_out.contiguous()
+    if grad_logdet is not None:
+        grad_logdet = grad_logdet.contiguous()
+    grad_x, grad_params = x.new_empty(x.shape), params.new_empty(params.shape)
+    getattr(dispatch.native(), kernel)(
+        *_native_args(x, params, reverse),
+        grad_out.data_ptr(),
+        0 if grad_logdet is None else grad_logdet.data_ptr(),
+        *(grad_x.data_ptr(), grad_params.data_ptr()),
+    )
+    return grad_x, grad_params
+
+
+# --- autograd ------------------------------------------------------------------------------------
+
+
+class AffineUpdateFunction(torch.autograd.Function):
+    """Double backward goes through the reference formula, which is differentiable itself.
+
+    ``ctx`` comes with ``forward`` (not a separate ``setup_context``): torch binds the arguments of
+    the other form through ``inspect`` at every call, which costs several times what the kernel does.
+    """
+
+    @staticmethod
+    def forward(ctx, x, params, reverse, backend):
+        ctx.save_for_backward(x, params)
+        ctx.reverse, ctx.backend = reverse, backend
+        return torch.ops.flowops.affine_update(x, params, reverse, backend)
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_logdet):
+        args = (grad_z, grad_logdet, *ctx.saved_tensors, ctx.reverse)
+        if torch.is_grad_enabled():
+            grads = affine_update_backward_reference(*args)
+        else:
+            grads = torch.ops.flowops.affine_update_backward(*args, ctx.backend)
+        return *grads, None, None
+
+
+class AffineInverseFunction(torch.autograd.Function):
+    """As ``AffineUpdateFunction``."""
+
+    @staticmethod
+    def forward(ctx, z, params, reverse, backend):
+        ctx.save_for_backward(z, params)
+        ctx.reverse, ctx.backend = reverse, backend
+        return torch.ops.flowops.affine_inverse(z, params, reverse, backend)
+
+    @staticmethod
+    def backward(ctx, grad_x):
+        args = (grad_x, *ctx.saved_tensors, ctx.reverse)
+        if torch.is_grad_enabled():
+            grads = affine_inverse_backward_reference(*args)
+        else:
+            grads = torch.ops.flowops.affine_inverse_backward(*args, ctx.backend)
+        return *grads, None, None
+
+
+# --- public --------------------------------------------------------------------------------------
+
+
+def affine_update(
+    x: Tensor, params: Tensor, *, reverse: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """``z_i = (x_i - b_{i-1}) exp(-a_{i-1})`` and its log-determinant, the shift by one included.
+
+    exp, update and the sum of the log-determinant run in fp32 (fp64 for fp64) whatever the storage;
+    nothing is cast under autocast. Deterministic.
+
+    Args:
+        x: ``[B, T, C]``, floating.
+        params: ``[B, T, 2C]``, the network's output per token: the first C are the log-scales ``a``,
+            the last C the shifts ``b``. Or ``[B, T, C]``, the shifts alone (volume preserving). May
+            be stored in another floating dtype than x.
+        reverse: x and z are in raster order while params are in reversed token order.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        ``z [B, T, C]`` in x's dtype and ``logdet [B]`` in nats, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: naming the argument that is off.
+        RuntimeError: if a backend asked for by name can't run.
+
+    Source: arXiv 2412.06329, eq. 3-5.
+    """
+    _check(x, "x", params, backend)
+    return AffineUpdateFunction.apply(x, params, reverse, backend)
+
+
+def affine_inverse(
+    z: Tensor, params: Tensor, *, reverse: bool = False, backend: str = "auto"
+) -> Tensor:
+    """``x_i = z_i exp(a_{i-1}) + b_{i-1}`` for parameters that are already known.
+
+    Args:
+        z: ``[B, T, C]``, floating.
+        params: as in ``affine_update``.
+        reverse: as in ``affine_update``.
+        backend: as in ``affine_update``.
+
+    Returns:
+        ``x [B, T, C]`` in z's dtype; ``affine_update(x, params)[0]`` is z again.
+
+    Raises:
+        As ``affine_update``.
+
+    Source: arXiv 2412.06329, eq. 3.
+    """
+    _check(z, "z", params, backend)
+    return AffineInverseFunction.apply(z, params, reverse, backend)
+
+
+def _check(x: Tensor, name: str, params: Tensor, backend: str) -> None:
+    dispatch.check_backend(backend)
+    dispatch.check_floating(**{name: x, "params": params})
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"{name}: expected a non-empty [B, T, C], got {list(x.shape)}")
+    B, T, C = x.shape
+    if params.ndim != 3 or params.shape[:2] != x.shape[:2] or params.shape[2] not in (C, 2 * C):
+        raise ValueError(
+            f"params: expected [{B}, {T}, {2 * C}] or [{B}, {T}, {C}] for {name} of shape "
+            f"{list(x.shape)}, got {list(params.shape)}"
+        )

@@ -1,0 +1,237 @@
+"""Which backend runs an op, and why another one does not.
+
+An op is a name with up to four implementations. ``backend="auto"`` takes the first of
+``cuda, triton, cpu, reference`` that can run on the given tensors; ``reference`` always can. A
+backend asked for by name, in the call or through the environment variable ``FLOWOPS_BACKEND``
+(which speaks for every call that names none), runs or raises.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+#: op name -> backend -> (function, supports); ``supports(*args)`` returns a reason not to, or None.
+_IMPLEMENTATIONS: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
+
+#: Storage types of the native CPU kernels and their codes in csrc/cpu/kernels.h.
+NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+def implement(op: str, backend: str, supports: Callable[..., str | None] | None = None):
+    """Decorator: the function computes ``op`` on ``backend`` wherever ``supports`` has no reason
+    against it. ``supports`` sees the arguments of the op."""
+
+    def register(function):
+        _IMPLEMENTATIONS.setdefault(op, {})[backend] = (function, supports)
+        return function
+
+    return register
+
+
+def define_op(schema: str, flops: Callable | None = None):
+    """Registers ``flowops::<op>`` with torch.library; decorates its shape function.
+
+    The schema is that of the op's arguments, tensors first; ``str backend`` is appended to them. The
+    decorated function takes the same arguments without the backend and returns empty outputs (what
+    torch.library calls the fake). ``flops`` takes the arguments with tensors replaced by shapes.
+    """
+    op, rest = schema.split("(", 1)
+    arguments, returns = rest.rsplit(") ->", 1)
+    name = f"flowops::{op}"
+    torch.library.define(name, f"({arguments}, str backend) ->{returns}")
+    torch.library.impl(name, "default", lambda *args: run(op, args[-1], *args[:-1]))
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.flowops, op))(
+            lambda *args, out_shape=None, **kwargs: flops(*args[:-1])
+        )
+
+    def register(fake):
+        torch.library.register_fake(name, lambda *args: fake(*args[:-1]))
+        return fake
+
+    return register
+
+
+def ops() -> list[str]:
+    """Names of all ops, backward passes included."""
+    return sorted(_IMPLEMENTATIONS)
+
+
+def run(op: str, backend: str, *args):
+    """Calls the implementation of ``op`` that ``backend`` selects. Autocast is off inside: every
+    op states its own arithmetic."""
+    function = _select(op, backend, args)
+    device_type = args[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return function(*args)
+    return function(*args)
+
+
+def can_run(op: str, backend: str, *args) -> tuple[bool, str]:
+    """Says whether ``backend`` can run ``op``; with ``args`` (the op's own, tensors first), whether
+    it can run it on those.
+
+    Returns:
+        ``(True, "")`` or ``(False, reason)``.
+
+    Raises:
+        ValueError: if there is no such op or backend.
+    """
+    if op not in _IMPLEMENTATIONS:
+        raise ValueError(f"op: expected one of {ops()}, got {op!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    reason = _reason_against(op, backend, args)
+    return reason is None, reason or ""
+
+
+def backend_state(backend: str) -> tuple[bool, str]:
+    """Whether ``backend`` is usable in this process at all: ``(usable, what is active or why not)``."""
+    if backend == "reference":
+        return True, f"PyTorch {torch.__version__}"
+    if backend == "cpu":
+        module, reason = _load_native()
+        if module is None:
+            return False, reason
+        return True, f"{module.isa()} of {', '.join(module.isas())}; {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device is visible to PyTorch"
+    package = "triton" if backend == "triton" else "cupy"
+    if importlib.util.find_spec(package) is None:
+        return False, f"the package {package} is not installed"
+    return False, f"no op has a {backend} kernel in this version"
+
+
+def native() -> ModuleType:
+    """The module ``flowops._C``.
+
+    Raises:
+        RuntimeError: saying why it could not be loaded.
+    """
+    module, reason = _load_native()
+    if module is None:
+        raise RuntimeError(f"flowops has no native CPU kernels here: {reason}")
+    return module
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless ``backend`` is "auto" or a backend's name."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+
+
+def check_floating(**tensors: torch.Tensor) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless all are floating tensors on the
+    device of the first."""
+    first = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if first is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(
+                f"{name}: expected a tensor on {device} like {first}, got one on {tensor.device}"
+            )
+
+
+def cpu_dtype_reason(*tensors: torch.Tensor) -> str | None:
+    """Why the native CPU kernels can't take these storage types, or None."""
+    for tensor in tensors:
+        if tensor.dtype not in NATIVE_DTYPES:
+            return f"{tensor.dtype} has no native CPU kernel"
+    return None
+
+
+def _select(op: str, backend: str, args: tuple) -> Callable:
+    asked = backend if backend != "auto" else os.environ.get("FLOWOPS_BACKEND") or "auto"
+    implementations = _IMPLEMENTATIONS[op]
+    if asked == "auto":
+        for candidate in BACKENDS:
+            if candidate in implementations and _reason_against(op, candidate, args) is None:
+                return implementations[candidate][0]
+    if asked not in BACKENDS:
+        raise ValueError(
+            f"FLOWOPS_BACKEND: expected 'auto' or one of {BACKENDS}, got {asked!r}"
+        )
+    reason = _reason_against(op, asked, args)
+    if reason is not None:
+        raise RuntimeError(f"backend {asked!r} can't run {op}: {reason}")
+    return implementations[asked][0]
+
+
+def _reason_against(op: str, backend: str, args: tuple) -> str | None:
+    entry = _IMPLEMENTATIONS[op].get(backend)
+    if entry is None:
+        return f"{op} has no {backend} kernel in this version"
+    if backend == "reference":
+        return None
+    if args and (args[0].device.type == "cpu") != (backend == "cpu"):
+        return f"its tensors are on {args[0].device}"
+    if backend == "cpu":
+        module, reason = _load_native()
+        if module is None:
+            return reason
+    else:
+        usable, reason = backend_state(backend)
+        if not usable:
+            return reason
+    supports = entry[1]
+    return supports(*args) if supports is not None and args else None
+
+
+@functools.cache
+def _load_native() -> tuple[ModuleType | None, str]:
+    if importlib.util.find_spec("flowops._C") is None:
+        return None, _build_note()
+    error = _share_openmp_runtime()
+    try:
+        import flowops._C as module
+    except ImportError as exception:
+        return None, f"flowops._C does not load: {exception}{error}"
+    return module, ""
+
+
+def _build_note() -> str:
+    note = os.path.join(os.path.dirname(__file__), "_native_note.txt")
+    if os.path.exists(note):
+        with open(note) as file:
+            return file.read().strip()
+    return "flowops._C was not built; reinstall with FLOWOPS_NATIVE=1 to see why"
+
+
+def _share_openmp_runtime() -> str:
+    """Makes the OpenMP runtime that torch runs visible to ``_C``, which is linked against none.
+
+    Two runtimes mean two pools, and the idle threads of one spin on the cores of the other for
+    milliseconds after every parallel region. Returns a note for the error message if there is no
+    runtime to share.
+    """
+    if platform.system() != "Linux":
+        candidates = []
+    else:
+        with open("/proc/self/maps") as maps:
+            loaded = dict.fromkeys(line.split(maxsplit=5)[-1].strip() for line in maps)
+        names = ("libgomp", "libiomp5", "libomp")
+        candidates = [path for path in loaded if os.path.basename(path).startswith(names)]
+        home = os.path.dirname(os.path.dirname(torch.__file__))
+        candidates.sort(key=lambda path: not path.startswith(home))
+    for library in [*candidates, "libgomp.so.1"]:
+        try:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            return ""
+        except OSError:
+            continue
+    return "; no OpenMP runtime (libgomp) was found"
