@@ -1,6 +1,25 @@
 """Fused kernels for normalizing flows: the public ops. Layers and flows are in ``flowops.api``."""
 
-from .affine import affine_inverse, affine_update
-
 from ._version import __version__
-__all__ = ["affine_inverse", "affine_update"]
+from .affine import affine_inverse, affine_update
+from .attention import causal_attention, causal_patch_attention
+from .gram import kernel_coupling, kernel_coupling_inverse, se_gram, se_gram_matmul
+from .noise import make_rng, noise_normal, noise_uniform, noise_words
+from .padding import pad_noise
+
+__all__ = [
+    "__version__",
+    "affine_inverse",
+    "affine_update",
+    "causal_attention",
+    "causal_patch_attention",
+    "kernel_coupling",
+    "kernel_coupling_inverse",
+    "make_rng",
+    "noise_normal",
+    "noise_uniform",
+    "noise_words",
+    "pad_noise",
+    "se_gram",
+    "se_gram_matmul",
+]

@@ -144,24 +144,16 @@ def _root(S: Tensor) -> Tensor:
 
 
 def _distance_backward(weight, S, x, z, lengthscale):
-    """Gradients through S for ``weight = dL/dS [N, M]``.
-
-    S depends on differences alone, so x and z are centred first: the two sums that nearly cancel
-    below do so among small numbers, wherever the data lie.
-    """
-    centre = z.mean(0)
-    x, z = x - centre, z - centre
+    """Gradients through S for ``weight = dL/dS [N, M]``."""
+    difference = x.unsqueeze(1) - z  # [N, M, D]
     inverse_square = lengthscale.square().reciprocal()
-    over_m, over_n = weight.sum(1, keepdim=True), weight.sum(0).unsqueeze(1)
-    weighted_z = weight @ z
-    grad_x = 2 * (over_m * x - weighted_z) * inverse_square
-    grad_z = 2 * (over_n * z - weight.mT @ x) * inverse_square
+    grad_x = 2 * torch.einsum("nm,nmd->nd", weight, difference) * inverse_square
+    grad_z = -2 * torch.einsum("nm,nmd->md", weight, difference) * inverse_square
     if lengthscale.ndim == 0:
         grad_lengthscale = -2 * (weight * S).sum() / lengthscale
     else:
-        squares = (over_m * x.square()).sum(0) + (over_n * z.square()).sum(0)
-        cross = (x * weighted_z).sum(0)
-        grad_lengthscale = -2 * (squares - 2 * cross) * inverse_square / lengthscale
+        squares = torch.einsum("nm,nmd->d", weight, difference.square())
+        grad_lengthscale = -2 * squares * inverse_square / lengthscale
     return grad_x, grad_z, grad_lengthscale
 
 
@@ -258,56 +250,40 @@ def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 # --- backends ------------------------------------------------------------------------------------
 
-_PAIRS_AT_ONCE = 1 << 22  # elements of the [n, M, D] differences that the reference holds
+_DIFFERENCES_AT_ONCE = 1 << 22  # elements of [n, M, D] that the reference holds
 
 
-def _row_blocks(N: int, M: int, D: int) -> list[slice]:
-    step = max(1, _PAIRS_AT_ONCE // (M * D))
-    return [slice(i, min(i + step, N)) for i in range(0, N, step)]
-
-
-def _by_rows(op: str, function, rowwise: int) -> None:
+def _by_rows(op: str, function, rowwise: int, row_outputs: int | None = None) -> None:
     """The reference of ``op`` in blocks of rows, so that no [N, M, D] is stored.
 
-    The first ``rowwise`` arguments are cut; the outputs are concatenated.
+    The first ``rowwise`` arguments are cut. Of the outputs the first ``row_outputs`` (None: all) are
+    concatenated; the others are summed over the blocks, in double.
     """
 
     @dispatch.implement(op, "reference")
     def _(*args):
         rows, shared, kernel = args[:rowwise], args[rowwise:-2], args[-2]
+        N, (M, D) = rows[0].shape[0], shared[0].shape
+        step = max(1, _DIFFERENCES_AT_ONCE // (M * D))
         blocks = [
-            function(*(t[block] for t in rows), *shared, kernel)
-            for block in _row_blocks(*rows[0].shape[:1], *shared[0].shape)
+            function(*(t[i : i + step] for t in rows), *shared, kernel) for i in range(0, N, step)
         ]
         if isinstance(blocks[0], Tensor):
             return torch.cat(blocks)
-        return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
-
-
-def _backward_by_rows(op: str, function, rowwise: int, row_grads: int) -> None:
-    """The same for a backward pass: the first ``row_grads`` gradients are concatenated, the others
-    summed over the blocks, in double where the storage is narrower."""
-
-    @dispatch.implement(op, "reference")
-    def _(*args):
-        rows, shared, kernel = args[:rowwise], args[rowwise:-2], args[-2]
-        blocks = [
-            function(*(t[block] for t in rows), *shared, kernel)
-            for block in _row_blocks(*rows[0].shape[:1], *shared[0].shape)
-        ]
         parts = list(zip(*blocks, strict=True))
-        summed = [torch.stack(p).double().sum(0).to(p[0].dtype) for p in parts[row_grads:]]
-        return (*(torch.cat(p) for p in parts[:row_grads]), *summed)
+        cut = len(parts) if row_outputs is None else row_outputs
+        summed = (torch.stack(p).double().sum(0).to(p[0].dtype) for p in parts[cut:])
+        return (*(torch.cat(p) for p in parts[:cut]), *summed)
 
 
 _by_rows("se_gram", se_gram_reference, 1)
 _by_rows("se_gram_matmul", se_gram_matmul_reference, 1)
 _by_rows("kernel_coupling", kernel_coupling_reference, 2)
 _by_rows("kernel_coupling_inverse", kernel_coupling_inverse_reference, 2)
-_backward_by_rows("se_gram_backward", se_gram_backward_reference, 2, 1)
-_backward_by_rows("se_gram_matmul_backward", se_gram_matmul_backward_reference, 2, 1)
-_backward_by_rows("kernel_coupling_backward", kernel_coupling_backward_reference, 4, 2)
-_backward_by_rows(
+_by_rows("se_gram_backward", se_gram_backward_reference, 2, 1)
+_by_rows("se_gram_matmul_backward", se_gram_matmul_backward_reference, 2, 1)
+_by_rows("kernel_coupling_backward", kernel_coupling_backward_reference, 4, 2)
+_by_rows(
     "kernel_coupling_inverse_backward", kernel_coupling_inverse_backward_reference, 3, 2
 )
 
