@@ -95,7 +95,8 @@ def _box_muller(words: Tensor) -> Tensor:
     ff = f * f
     tail = (ff * f) * _horner(_LOG, f) + k * -2.12194440e-4
     log_u = k * 0.693359375 + (f + (tail - ff * 0.5))
-    r = (log_u * -2.0).sqrt()
+    # torch's fp32 sqrt is not always rounded correctly (MKL); through fp64 it is.
+    r = (log_u * -2.0).double().sqrt().float()
 
     turn = w1 >> 8
     quarter = (turn + 0x200000) >> 22

@@ -12,62 +12,62 @@ namespace {
 // update preserves volume. `lanes` collects the log-determinant.
 template <class X, class P, class A>
 inline void update_token(const X *x, const P *a, const P *b, X *z, int64_t C, A (&lanes)[16]) {
-    for_spans<A>(C, [=, &lanes](int64_t c, int count, auto length) {
+    for_spans<A>(C, [=, &lanes](int64_t c, auto length) {
         constexpr int N = decltype(length)::value;
         using Io = Convert<A, N>;
-        auto value = Io::load(x + c, count) - Io::load(b + c, count);
+        auto value = Io::load(x + c) - Io::load(b + c);
         if (a) {
-            const auto log_scale = Io::load(a + c, count);
+            const auto log_scale = Io::load(a + c);
             value *= exponential<N>(-log_scale);
-            store_raw<N>(lanes, load_raw<N>(lanes, N) - log_scale, N);
+            store_raw<N>(lanes, load_raw<N>(lanes) - log_scale);
         }
-        Io::store(z + c, value, count);
+        Io::store(z + c, value);
     });
 }
 
 template <class X, class P, class A>
 inline void update_token_backward(const X *x, const P *a, const P *b, const X *grad_z,
                                   A grad_logdet, X *grad_x, P *grad_a, P *grad_b, int64_t C) {
-    for_spans<A>(C, [=](int64_t c, int count, auto length) {
+    for_spans<A>(C, [=](int64_t c, auto length) {
         constexpr int N = decltype(length)::value;
         using Io = Convert<A, N>;
-        auto scaled = Io::load(grad_z + c, count);
+        auto scaled = Io::load(grad_z + c);
         if (a) {
-            scaled *= exponential<N>(-Io::load(a + c, count));
-            const auto centred = Io::load(x + c, count) - Io::load(b + c, count);
-            Io::store(grad_a + c, -scaled * centred - grad_logdet, count);
+            scaled *= exponential<N>(-Io::load(a + c));
+            const auto centred = Io::load(x + c) - Io::load(b + c);
+            Io::store(grad_a + c, -scaled * centred - grad_logdet);
         }
-        Io::store(grad_x + c, scaled, count);
-        Io::store(grad_b + c, -scaled, count);
+        Io::store(grad_x + c, scaled);
+        Io::store(grad_b + c, -scaled);
     });
 }
 
 template <class X, class P>
 inline void invert_token(const X *z, const P *a, const P *b, X *x, int64_t C) {
     using A = typename compute<X>::type;
-    for_spans<A>(C, [=](int64_t c, int count, auto length) {
+    for_spans<A>(C, [=](int64_t c, auto length) {
         constexpr int N = decltype(length)::value;
         using Io = Convert<A, N>;
-        auto value = Io::load(z + c, count);
-        if (a) value *= exponential<N>(Io::load(a + c, count));
-        Io::store(x + c, value + Io::load(b + c, count), count);
+        auto value = Io::load(z + c);
+        if (a) value *= exponential<N>(Io::load(a + c));
+        Io::store(x + c, value + Io::load(b + c));
     });
 }
 
 template <class X, class P, class A>
 inline void invert_token_backward(const X *z, const P *a, const P *, const X *grad_x, A, X *grad_z,
                                   P *grad_a, P *grad_b, int64_t C) {
-    for_spans<A>(C, [=](int64_t c, int count, auto length) {
+    for_spans<A>(C, [=](int64_t c, auto length) {
         constexpr int N = decltype(length)::value;
         using Io = Convert<A, N>;
-        const auto grad = Io::load(grad_x + c, count);
+        const auto grad = Io::load(grad_x + c);
         auto scaled = grad;
         if (a) {
-            scaled *= exponential<N>(Io::load(a + c, count));
-            Io::store(grad_a + c, scaled * Io::load(z + c, count), count);
+            scaled *= exponential<N>(Io::load(a + c));
+            Io::store(grad_a + c, scaled * Io::load(z + c));
         }
-        Io::store(grad_z + c, scaled, count);
-        Io::store(grad_b + c, grad, count);
+        Io::store(grad_z + c, scaled);
+        Io::store(grad_b + c, grad);
     });
 }
 

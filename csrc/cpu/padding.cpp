@@ -64,15 +64,14 @@ void pad(const PadNoiseArgs &args) {
                 const int64_t end = origin + 4 * noise_block < W ? origin + 4 * noise_block : W;
                 const int64_t split = end < D ? end : (origin > D ? origin : D);
                 if (!plain)
-                    for_spans<A>(split - origin, [=](int64_t c, int count, auto length) {
+                    for_spans<A>(split - origin, [=](int64_t c, auto length) {
                         using Io = Convert<A, decltype(length)::value>;
-                        const auto noise = Io::load(eps + c, count) * data_scale;
-                        Io::store(out + origin + c, Io::load(x + origin + c, count) + noise, count);
+                        const auto noise = Io::load(eps + c) * data_scale;
+                        Io::store(out + origin + c, Io::load(x + origin + c) + noise);
                     });
-                for_spans<A>(end - split, [=](int64_t c, int count, auto length) {
+                for_spans<A>(end - split, [=](int64_t c, auto length) {
                     using Io = Convert<A, decltype(length)::value>;
-                    Io::store(out + split + c, Io::load(eps + split - origin + c, count) * pad_scale,
-                              count);
+                    Io::store(out + split + c, Io::load(eps + split - origin + c) * pad_scale);
                 });
             }
         }

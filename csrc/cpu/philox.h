@@ -7,31 +7,49 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "simd.h"
+
 namespace {
 
-struct Words {
-    uint32_t w[4];
-};
+constexpr int philox_lanes = register_bytes / 8;
+using Lanes = vec<uint64_t, philox_lanes>;
 
-// Philox4x32-10 (Salmon et al. 2011).
-inline Words philox(uint64_t counter, uint64_t offset, uint64_t seed) {
-    uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32);
-    uint32_t c2 = uint32_t(offset), c3 = uint32_t(offset >> 32);
+// Products of the low halves of 64-bit lanes; what is in the high halves does not matter.
+inline Lanes multiply_low_halves(Lanes a, uint32_t k) {
+#if defined(__AVX512F__)
+    return Lanes(_mm512_mul_epu32(__m512i(a), _mm512_set1_epi64(k)));
+#elif defined(__AVX2__)
+    return Lanes(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(k)));
+#elif defined(__SSE2__)
+    return Lanes(_mm_mul_epu32(__m128i(a), _mm_set1_epi64x(k)));
+#else
+    return (a & 0xffffffffu) * uint64_t(k);
+#endif
+}
+
+// Philox4x32-10 (Salmon et al. 2011) of one counter a lane. Each 32-bit word lives in the low half
+// of a 64-bit lane, so the two halves of a product come apart by one shift.
+inline void philox(Lanes counter, uint64_t offset, uint64_t seed, Lanes (&c)[4]) {
+    c[0] = counter;
+    c[1] = counter >> 32;
+    c[2] = Lanes{} + offset;
+    c[3] = Lanes{} + (offset >> 32);
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = uint64_t(c0) * 0xD2511F53u;
-        const uint64_t p1 = uint64_t(c2) * 0xCD9E8D57u;
-        const uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-        const uint32_t n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-        c1 = uint32_t(p1);
-        c3 = uint32_t(p0);
-        c0 = n0;
-        c2 = n2;
+        const Lanes p0 = multiply_low_halves(c[0], 0xD2511F53u);
+        const Lanes p1 = multiply_low_halves(c[2], 0xCD9E8D57u);
+        c[0] = (p1 >> 32) ^ c[1] ^ uint64_t(k0);
+        c[1] = p1;
+        c[2] = (p0 >> 32) ^ c[3] ^ uint64_t(k1);
+        c[3] = p0;
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    return {{c0, c1, c2, c3}};
 }
 
 // ((w >> 8) + 1) 2^-24, in (0, 1].
@@ -87,13 +105,12 @@ struct WordBlock {
 };
 
 inline void draw_words(const uint64_t *counter, uint64_t offset, uint64_t seed, WordBlock &block) {
-#pragma omp simd
-    for (int64_t i = 0; i < noise_block; ++i) {
-        const Words words = philox(counter[i], offset, seed);
-        block.w[0][i] = words.w[0];
-        block.w[1][i] = words.w[1];
-        block.w[2][i] = words.w[2];
-        block.w[3][i] = words.w[3];
+    for (int64_t i = 0; i < noise_block; i += philox_lanes) {
+        Lanes words[4];
+        philox(load_raw<philox_lanes>(counter + i), offset, seed, words);
+        for (int j = 0; j < 4; ++j)
+            store_raw<philox_lanes>(
+                block.w[j] + i, __builtin_convertvector(words[j], vec<uint32_t, philox_lanes>));
     }
 }
 

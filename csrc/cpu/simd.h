@@ -27,52 +27,45 @@ struct vector_of {
 template <class T, int N>
 using vec = typename vector_of<T, N>::type;
 
-// Loads `count` <= N elements; the rest are zero.
 template <int N, class T>
-inline vec<T, N> load_raw(const T *p, int count) {
-    vec<T, N> v = {};
-    if (count == N)
-        __builtin_memcpy(&v, p, sizeof(v));
-    else
-        for (int i = 0; i < count; ++i) v[i] = p[i];
+inline vec<T, N> load_raw(const T *p) {
+    vec<T, N> v;
+    __builtin_memcpy(&v, p, sizeof(v));
     return v;
 }
 
 template <int N, class T>
-inline void store_raw(T *p, vec<T, N> v, int count) {
-    if (count == N)
-        __builtin_memcpy(p, &v, sizeof(v));
-    else
-        for (int i = 0; i < count; ++i) p[i] = v[i];
+inline void store_raw(T *p, vec<T, N> v) {
+    __builtin_memcpy(p, &v, sizeof(v));
 }
 
 // Loads from and stores to any storage type; arithmetic type A, length N.
 template <class A, int N>
 struct Convert {
-    static vec<A, N> load(const A *p, int count) { return load_raw<N>(p, count); }
-    static void store(A *p, vec<A, N> v, int count) { store_raw<N>(p, v, count); }
+    static vec<A, N> load(const A *p) { return load_raw<N>(p); }
+    static void store(A *p, vec<A, N> v) { store_raw<N>(p, v); }
 
     // Noise is fp32 whatever the storage.
     template <class F>
         requires(sizeof(F) == 4 && sizeof(A) == 8)
-    static vec<A, N> load(const F *p, int count) {
-        return __builtin_convertvector(load_raw<N>(p, count), vec<A, N>);
+    static vec<A, N> load(const F *p) {
+        return __builtin_convertvector(load_raw<N>(p), vec<A, N>);
     }
 
-    static vec<A, N> load(const bf16 *p, int count) {
-        const auto half = load_raw<N>(reinterpret_cast<const uint16_t *>(p), count);
+    static vec<A, N> load(const bf16 *p) {
+        const auto half = load_raw<N>(reinterpret_cast<const uint16_t *>(p));
         const auto bits = __builtin_convertvector(half, vec<uint32_t, N>) << 16;
         return __builtin_convertvector(__builtin_bit_cast(vec<float, N>, bits), vec<A, N>);
     }
 
     // Rounds to nearest even; a NaN keeps a set mantissa bit instead of becoming an infinity.
-    static void store(bf16 *p, vec<float, N> v, int count) {
+    static void store(bf16 *p, vec<float, N> v) {
         const auto u = __builtin_bit_cast(vec<uint32_t, N>, v);
         const vec<uint32_t, N> rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
         const vec<uint32_t, N> quiet = (u >> 16) | 0x40u;
         const vec<uint32_t, N> bits = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
         store_raw<N>(reinterpret_cast<uint16_t *>(p),
-                     __builtin_convertvector(bits, vec<uint16_t, N>), count);
+                     __builtin_convertvector(bits, vec<uint16_t, N>));
     }
 };
 
@@ -89,25 +82,24 @@ constexpr int register_bytes = 32;
 constexpr int register_bytes = 16;
 #endif
 
-// Covers [0, C) with body(first, count, Length<N>): whole registers of A, then at most one half
-// and one quarter of it, then a last one with count < N. Channel counts of patches (12, 16, 48)
-// never run element by element, and vectors wider than a register, which compilers split badly,
-// never occur.
+// Covers [0, C) with body(first, Length<N>): whole registers of A, then at most one half and one
+// quarter of it, then single elements. Channel counts of patches (12, 16, 48) never run element by
+// element, and vectors wider than a register, which compilers split badly, never occur.
 template <class A, class Body>
 inline void for_spans(int64_t C, Body body) {
     constexpr int W = register_bytes / sizeof(A);
     constexpr int H = W >= 8 ? W / 2 : W, Q = W >= 16 ? W / 4 : H;
     int64_t c = 0;
-    for (; c + W <= C; c += W) body(c, W, Length<W>());
+    for (; c + W <= C; c += W) body(c, Length<W>());
     if (H < W && c + H <= C) {
-        body(c, H, Length<H>());
+        body(c, Length<H>());
         c += H;
     }
     if (Q < H && c + Q <= C) {
-        body(c, Q, Length<Q>());
+        body(c, Length<Q>());
         c += Q;
     }
-    if (c < C) body(c, int(C - c), Length<Q>());
+    for (; c < C; ++c) body(c, Length<1>());
 }
 
 // exp(x) = 2^n e^r with n = round(x / ln 2), split as 2^n1 * 2^n2 so that results near the ends of
