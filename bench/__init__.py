@@ -1,0 +1,1 @@
+"""Throughput benchmarks, each against the same algorithm in plain PyTorch, and the demo."""

@@ -141,20 +141,21 @@ def _has_sdpa(q, *_) -> str | None:
     return None
 
 
-def _cpu_mask(q: Tensor, k: Tensor) -> Tensor | None:
-    """torch aligns ``is_causal`` to the first key; a cached prefix needs the last one."""
+def _cpu_masking(q: Tensor, k: Tensor) -> tuple[bool, Tensor | None]:
+    """``is_causal`` and ``attn_mask``: torch aligns the first to the first key, where a cached
+    prefix needs the last one; a single query sees everything."""
     T, S = q.shape[1], k.shape[1]
-    if T == S:
-        return None
-    return torch.full((T, S), float("-inf"), dtype=q.dtype).triu(S - T + 1)
+    if T == S or T == 1:
+        return T == S, None
+    return False, torch.full((T, S), float("-inf"), dtype=q.dtype).triu(S - T + 1)
 
 
 @dispatch.implement("causal_attention", "cpu", _has_sdpa)
 def _(q, k, v, scale):
-    mask = _cpu_mask(q, k)
+    causal, mask = _cpu_masking(q, k)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(t.transpose(1, 2) for t in (q, k, v)),
-        *(0.0, mask is None),
+        *(0.0, causal),
         attn_mask=mask,
         scale=scale,
     )
@@ -166,10 +167,10 @@ def _(grad_o, q, k, v, o, lse, scale):
     # torch's backward in half precision is several times slower than its own in fp32.
     dtype = q.dtype
     grad_o, q, k, v, o = _computing(grad_o, q, k, v, o)
-    mask = _cpu_mask(q, k)
+    causal, mask = _cpu_masking(q, k)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(t.transpose(1, 2) for t in (grad_o, q, k, v, o)),
-        *(lse, 0.0, mask is None),
+        *(lse, 0.0, causal),
         attn_mask=mask,
         scale=scale,
     )

@@ -1,0 +1,108 @@
+"""TarFlow as its paper describes it, in plain eager PyTorch: the baseline of the benchmarks.
+
+The algorithm of the reference program, written for reading, with the habits that cost it time:
+flipped copies, a boolean mask, the shift by concatenation, a KV cache that grows by concatenation,
+and guidance in a pass of its own. Weights are those of a ``flowops.api.TarFlow``, shared.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowops.api import TarFlow, patchify, unpatchify
+
+
+class EagerTarFlow:
+    """``forward`` and ``reverse`` of ``model``, computed plainly. Holds no parameters of its own."""
+
+    def __init__(self, model: TarFlow):
+        self.model = model
+        T = model.num_patches
+        self.mask = torch.tril(torch.ones(T, T, device=model.var.device))
+
+    def forward(self, x: Tensor, y: Tensor | None = None):
+        x = patchify(x, self.model.patch_size)
+        outputs, logdets = [], torch.zeros((), device=x.device)
+        for block in self.model.blocks:
+            x, logdet = self._block(block, x, y)
+            logdets = logdets + logdet
+            outputs.append(x)
+        return x, outputs, logdets
+
+    def loss(self, z: Tensor, logdets: Tensor) -> Tensor:
+        return 0.5 * z.pow(2).mean() - logdets.mean()
+
+    def _block(self, block, x, y):
+        x = x.flip(1) if block.reverse else x
+        position = block.pos_embed.flip(0) if block.reverse else block.pos_embed
+        h = block.proj_in(x) + position + _class_embedding(block, y)
+        for layer in block.attn_blocks:
+            h = self._layer(layer, h, self.mask, None)
+        params = block.proj_out(h)
+        params = torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
+        a, b = params.chunk(2, dim=-1)
+        z = (x - b) * (-a.float()).exp().type(a.dtype)
+        return z.flip(1) if block.reverse else z, -a.mean(dim=[1, 2])
+
+    def _layer(self, layer, h, mask, cache, temperature=1.0):
+        B, T, W = h.shape
+        attention, mlp = layer.attention, layer.mlp
+        heads = W // attention.head_dim
+        normed = _norm(attention.norm, h)
+        qkv = attention.qkv(normed).reshape(B, T, 3 * heads, -1).transpose(1, 2)
+        q, k, v = qkv.chunk(3, dim=1)
+        if cache is not None:
+            cache.append((k, v))
+            k = torch.cat([k for k, _ in cache], dim=2)
+            v = torch.cat([v for _, v in cache], dim=2)
+        o = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask.bool(),
+            scale=attention.head_dim**-0.5 / temperature,
+        )
+        h = h + attention.proj(o.transpose(1, 2).reshape(B, T, W))
+        return h + mlp.main(_norm(mlp.norm, h))
+
+    @torch.no_grad()
+    def reverse(self, noise: Tensor, y=None, guidance: float = 0.0, attn_temp: float = 1.0):
+        x = noise * self.model.var.sqrt()
+        for block in reversed(self.model.blocks):
+            x = self._reverse_block(block, x, y, guidance, attn_temp)
+        return unpatchify(x, self.model.patch_size, self.model.img_size)
+
+    def _reverse_block(self, block, z, y, guidance, attn_temp):
+        x = z.flip(1) if block.reverse else z.clone()
+        position = block.pos_embed.flip(0) if block.reverse else block.pos_embed
+        caches = [[[] for _ in block.attn_blocks] for _ in range(2)]
+        for i in range(x.shape[1] - 1):
+            a, b = self._step(block, x, position, i, y, caches[0], 1.0)
+            if guidance > 0:
+                a_u, b_u = self._step(block, x, position, i, None, caches[1], attn_temp)
+                a, b = a + guidance * (a - a_u), b + guidance * (b - b_u)
+            x[:, i + 1] = x[:, i + 1] * a[:, 0].float().exp().type(a.dtype) + b[:, 0]
+        return x.flip(1) if block.reverse else x
+
+    def _step(self, block, x, position, i, y, caches, temperature):
+        h = block.proj_in(x[:, i : i + 1]) + position[i : i + 1] + _class_embedding(block, y)
+        for layer, cache in zip(block.attn_blocks, caches, strict=True):
+            h = self._layer(layer, h, None, cache, temperature)
+        return block.proj_out(h).chunk(2, dim=-1)
+
+
+def _norm(norm, h):
+    return F.layer_norm(h.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).type(
+        h.dtype
+    )
+
+
+def _class_embedding(block, y):
+    if block.class_embed is None:
+        return 0
+    if y is None:
+        return block.class_embed.mean(dim=0)
+    if (y < 0).any():
+        dropped = (y < 0).float().view(-1, 1, 1)
+        return (1 - dropped) * block.class_embed[y] + dropped * block.class_embed.mean(dim=0)
+    return block.class_embed[y]
