@@ -42,35 +42,52 @@ class Guidance:
 class _Layer:
     """Weights of one Transformer layer in the decoding dtype, and its KV cache.
 
-    The cache is ``[R, T, 2, H, D]`` so that one copy stores k and v of a token; ``R`` counts the rows
-    of the batch, conditional ones first.
+    ``R`` counts the rows of the batch, conditional ones first. Keys are cached transposed,
+    ``[R H, D, T]``, values ``[R H, T, D]``: both products of a step are plain batched products. The
+    scale of the scores is folded into the weights of q.
     """
 
-    def __init__(self, layer: AttentionBlock, rows: int, tokens: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        layer: AttentionBlock,
+        rows: int,
+        tokens: int,
+        dtype: torch.dtype,
+        wide: torch.dtype,
+    ):
         attention, mlp = layer.attention, layer.mlp
         self.norms = [
-            (n.normalized_shape, n.weight.float(), n.bias.float(), n.eps)
+            (n.normalized_shape, n.weight.to(wide), n.bias.to(wide), n.eps)
             for n in (attention.norm, mlp.norm)
         ]
-        self.qkv, self.proj, self.up, self.down = (
-            (linear.weight.to(dtype), linear.bias.to(dtype))
-            for linear in (attention.qkv, attention.proj, mlp.main[0], mlp.main[2])
+        W, D = attention.proj.weight.shape[0], attention.head_dim
+        scale = torch.ones_like(attention.qkv.bias)
+        scale[:W] = D**-0.5
+        self.qkv = (
+            (attention.qkv.weight * scale.unsqueeze(1)).to(dtype),
+            (attention.qkv.bias * scale).to(dtype),
         )
-        W, D = self.proj[0].shape[0], attention.head_dim
-        self.heads, self.dtype = (W // D, D), dtype
-        self.cache = self.proj[0].new_empty(rows, tokens, 2, *self.heads)
+        self.proj, self.up, self.down = (
+            (linear.weight.to(dtype), linear.bias.to(dtype))
+            for linear in (attention.proj, mlp.main[0], mlp.main[2])
+        )
+        self.dtype, self.wide = dtype, wide
+        self.pairs, self.head_dim = rows * W // D, D
+        self.keys = self.proj[0].new_empty(self.pairs, D, tokens)
+        self.values = self.proj[0].new_empty(self.pairs, tokens, D)
 
     def step(self, h: Tensor, i: int, conditional: int, temperature: float) -> Tensor:
-        """One token for all rows, ``h [R, W]`` fp32 -> ``[R, W]``."""
+        """Token i for all rows, ``h [R, W]`` wide -> ``[R, W]``."""
         R, W = h.shape
-        qkv = F.linear(self._norm(h, 0), *self.qkv)
-        self.cache[:, i] = qkv[:, W:].view(R, 2, *self.heads)
-        q = qkv[:, :W]
+        q, k, v = F.linear(self._norm(h, 0), *self.qkv).split(W, dim=1)
         if temperature != 1:
             q[conditional:] /= temperature
-        k, v = self.cache[:, : i + 1].permute(2, 0, 3, 1, 4)  # [R, H, i + 1, D] each
-        o = F.scaled_dot_product_attention(q.view(R, self.heads[0], 1, self.heads[1]), k, v)
-        h = h + F.linear(o.reshape(R, W), *self.proj)
+        self.keys[:, :, i] = k.reshape(self.pairs, self.head_dim)
+        self.values[:, i] = v.reshape(self.pairs, self.head_dim)
+        scores = torch.bmm(q.reshape(self.pairs, 1, self.head_dim), self.keys[:, :, : i + 1])
+        weights = scores.to(self.wide).softmax(2).to(self.dtype)
+        o = torch.bmm(weights, self.values[:, : i + 1]).view(R, W)
+        h = h + F.linear(o, *self.proj)
         return h + F.linear(F.gelu(F.linear(self._norm(h, 1), *self.up)), *self.down)
 
     def _norm(self, h: Tensor, which: int) -> Tensor:
@@ -110,8 +127,9 @@ def invert_block(block, z: Tensor, y: Tensor | None, guidance: Guidance) -> Tens
     )
     temperature = guidance.attn_temp if guidance.active else 1.0
 
-    with torch.autocast(device_type, enabled=False):
-        layers = [_Layer(layer, rows, T - 1, narrow) for layer in block.attn_blocks]
+    # Results go into tensors made outside, so that they can still take part in a graph.
+    with torch.inference_mode(), torch.autocast(device_type, enabled=False):
+        layers = [_Layer(layer, rows, T - 1, narrow, wide) for layer in block.attn_blocks]
         for i in range(T - 1):
             token = F.linear(sequence[:, i], w_in, position[i])
             if guidance.active:

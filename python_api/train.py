@@ -1,0 +1,400 @@
+"""Training a TarFlow: a plain loop that can stop at any moment and go on exactly where it was.
+
+All randomness is a function of (seed, step): the order of the images, their noise, the dropped
+labels. A checkpoint therefore holds weights, optimizer and a step number, and nothing else.
+
+Source: the recipe of arXiv 2412.06329, appendix B.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowops import noise_uniform, noise_words
+
+from .checkpoint import load_into, read_tensors, save_model, save_tensors, write_whole
+from .data import Images, scale_pixels
+from .tarflow import TarFlow, gaussian_noise, uniform_dequantize
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a training run is made of."""
+
+    patch_size: int = 4
+    """Side of a patch in pixels."""
+    channels: int = 128
+    """Width of the Transformer, a multiple of 64."""
+    blocks: int = 4
+    """Autoregressive blocks."""
+    layers: int = 2
+    """Transformer layers in each block."""
+    nvp: bool = True
+    """Affine steps; without it shifts alone, with a learned prior variance."""
+    noise: Literal["gaussian", "uniform"] = "gaussian"
+    """Noise on the training images: Gaussian for samples, uniform for bits per dim."""
+    noise_std: float = 0.1
+    """Standard deviation of the Gaussian noise; images span [-1, 1]."""
+    shift: int = 0
+    """Augmentation: move each image by up to this many pixels."""
+    drop_label: float = 0.1
+    """Share of labels dropped, for guidance."""
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float = 2e-3
+    """Peak learning rate, after warm-up; then a cosine down to 1e-6."""
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.995
+    """Decay of the averaged weights, those that are saved as the model."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast; auto times both on this machine (fp32 for uniform noise)."""
+    seed: int = 0
+    checkpoint_every: int = 250
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between records in metrics.jsonl."""
+
+    def __post_init__(self):
+        positive = (
+            *("patch_size", "channels", "blocks", "layers", "steps", "batch_size", "lr"),
+            *("grad_clip", "checkpoint_every", "log_every"),
+        )
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("noise_std", "warmup", "weight_decay", "shift"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("drop_label", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected from 0 to below 1, got {getattr(self, name)}")
+
+
+#: May differ between a checkpoint and the run that goes on from it.
+_FREE_ON_RESUME = ("precision", "checkpoint_every", "log_every")
+
+
+def build_model(config: TrainConfig, data: Images) -> TarFlow:
+    """The model for a data set, its weights drawn from the seed."""
+    _, c, H, W = data.pixels.shape
+    if H != W:
+        raise ValueError(f"data: expected square images, got {H}x{W}")
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return TarFlow(
+            in_channels=c,
+            img_size=H,
+            patch_size=config.patch_size,
+            channels=config.channels,
+            num_blocks=config.blocks,
+            layers_per_block=config.layers,
+            nvp=config.nvp,
+            num_classes=len(data.class_names),
+        )
+
+
+def add_noise(x: Tensor, config: TrainConfig, rng: Tensor) -> Tensor:
+    """The training noise on images in [-1, 1]."""
+    if config.noise == "gaussian":
+        return gaussian_noise(x, config.noise_std, rng)
+    return uniform_dequantize(x, rng)
+
+
+def noise_name(config: TrainConfig) -> str:
+    return f"gaussian, std {config.noise_std:g}" if config.noise == "gaussian" else "uniform, 1/256"
+
+
+class Trainer:
+    """One run: model, averaged weights, optimizer, and the step they are at."""
+
+    def __init__(self, config: TrainConfig, model: TarFlow, data: Images):
+        if config.batch_size > len(data):
+            raise ValueError(
+                f"batch_size: expected at most the {len(data)} training images, got "
+                f"{config.batch_size}"
+            )
+        if config.shift >= data.pixels.shape[2]:
+            raise ValueError(f"shift: expected less than the image, got {config.shift}")
+        self.config, self.model, self.data = config, model, data
+        self.device = model.var.device
+        self.ema = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.step_count = 0
+        self.skipped = 0
+        self.precision = config.precision
+        if self.precision == "auto":
+            self.precision = faster_precision(config, model, data)
+
+    def step(self) -> dict[str, float]:
+        """One update. A step whose loss or gradient is not finite changes nothing but the count."""
+        config, model = self.config, self.model
+        x, y = self.batch(self.step_count)
+        rate = learning_rate(config, self.step_count)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            z, _, logdets = model(x, y)
+        loss = model.loss(z, logdets)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip, foreach=True)
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+            if not config.nvp:
+                model.update_prior(z.detach())
+            self._average()
+            self.skipped = 0
+        else:
+            self.skipped += 1
+        self.step_count += 1
+        return {
+            "step": self.step_count,
+            "loss": loss.item(),
+            "bits_per_dim": _bits(loss.item()),
+            "grad_norm": norm.item(),
+            "lr": rate,
+            "refused": int(not finite),
+        }
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Noisy images and labels of a step."""
+        config, n = self.config, len(self.data)
+        epoch, k = divmod(step, n // config.batch_size)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + epoch))
+        chosen = self.data[order[k * config.batch_size : (k + 1) * config.batch_size]]
+        x = scale_pixels(chosen.pixels.to(self.device))
+        if config.shift:
+            x = _shifted(x, config.shift, self._rng(step, 0))
+        x = add_noise(x, config, self._rng(step, 1))
+        y = chosen.labels
+        if y is not None:
+            y = y.to(self.device)
+            u = noise_uniform((len(y), 1), rng=self._rng(step, 2), device=self.device)
+            y = torch.where(u[:, 0] <= config.drop_label, -1, y)
+        return x, y
+
+    def autocast(self):
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+    def averaged_model(self) -> TarFlow:
+        """A copy of the model with the averaged weights."""
+        model = TarFlow(**self.model.config).to(self.device)
+        model.load_state_dict(self.ema)
+        return model.eval()
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint, whole or not at all."""
+        tensors = {f"model.{k}": t for k, t in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": t for k, t in self.ema.items()}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{name}.{k}": t for k, t in state.items()}
+        save_tensors(
+            path,
+            tensors,
+            {
+                "step": self.step_count,
+                "train_config": dataclasses.asdict(self.config),
+                "config": self.model.config,
+                "precision": self.precision,
+            },
+        )
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file, and the first settings that differ.
+        """
+        tensors, metadata = read_tensors(path)
+        if "train_config" not in metadata:
+            raise ValueError(f"{path} is not a training checkpoint")
+        ours = dataclasses.asdict(self.config)
+        for name, value in metadata["train_config"].items():
+            if name not in _FREE_ON_RESUME and ours.get(name) != value:
+                raise ValueError(
+                    f"{name}: {path} was trained with {value!r}, this run has {ours.get(name)!r}"
+                )
+        part = {
+            prefix: {
+                k.removeprefix(prefix + "."): t
+                for k, t in tensors.items()
+                if k.startswith(prefix + ".")
+            }
+            for prefix in ("model", "ema", "optimizer")
+        }
+        load_into(self.model, part["model"], path)
+        self.ema = {k: t.to(self.device) for k, t in part["ema"].items()}
+        for name, parameter in self.model.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            found = {k: part["optimizer"].get(f"{name}.{k}") for k in keys}
+            if None not in found.values():
+                self.optimizer.state[parameter] = {k: t.to(self.device) for k, t in found.items()}
+        self.step_count = metadata["step"]
+        self.precision = metadata["precision"]
+
+    def _rng(self, step: int, purpose: int) -> Tensor:
+        return torch.tensor([self.config.seed, 4 * step + purpose], device=self.device)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(self.config.ema, (1 + self.step_count) / (10 + self.step_count))
+        current = self.model.state_dict()
+        torch._foreach_lerp_(list(self.ema.values()), [current[k] for k in self.ema], 1 - decay)
+
+
+def run_training(
+    trainer: Trainer, out: Path, on_step: Callable[[dict], None] | None = None
+) -> TarFlow:
+    """Trains to the last step, leaving ``checkpoint.safetensors``, ``metrics.jsonl`` and
+    ``model.safetensors`` (averaged weights) in ``out``.
+
+    Args:
+        trainer: fresh, or loaded from a checkpoint.
+        out: a directory that exists.
+        on_step: called with the record of every step.
+
+    Returns:
+        The model with averaged weights.
+
+    Raises:
+        FloatingPointError: after ten refused steps in a row.
+        OSError: naming the file that could not be written.
+    """
+    config, checkpoint = trainer.config, out / "checkpoint.safetensors"
+    log = out / "metrics.jsonl"
+    _keep_records(log, trainer.step_count)
+    board = _tensorboard(out)
+    started, first = time.perf_counter(), trainer.step_count
+    with open(log, "a") as file:
+        while trainer.step_count < config.steps:
+            try:
+                record = trainer.step()
+            except KeyboardInterrupt:
+                trainer.save(checkpoint)
+                raise
+            done = trainer.step_count - first
+            record["images_per_second"] = (
+                done * config.batch_size / (time.perf_counter() - started)
+            )
+            last = trainer.step_count == config.steps
+            if record["refused"] or last or trainer.step_count % config.log_every == 0:
+                file.write(json.dumps(_finite(record)) + "\n")
+                file.flush()
+                if board is not None:
+                    for name, value in record.items():
+                        board.add_scalar(name, value, trainer.step_count)
+            if on_step is not None:
+                on_step(record)
+            if trainer.skipped == 10:
+                raise FloatingPointError(
+                    f"step {trainer.step_count}: ten steps in a row gave a loss or gradient that is "
+                    f"not finite; {checkpoint} is the last good state; a lower lr may help"
+                )
+            if trainer.step_count % config.checkpoint_every == 0 or last:
+                trainer.save(checkpoint)
+    if board is not None:
+        board.close()
+    model = trainer.averaged_model()
+    save_model(
+        model,
+        out / "model.safetensors",
+        train_config=dataclasses.asdict(config),
+        class_names=trainer.data.class_names,
+    )
+    return model
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up from 1e-6, cosine to 1e-6."""
+    floor = min(1e-6, config.lr)
+    if step < config.warmup:
+        return floor + (config.lr - floor) * step / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def faster_precision(config: TrainConfig, model: TarFlow, data: Images) -> str:
+    """``"bf16"`` where autocast makes a step at least a tenth faster here, else ``"fp32"``. Uniform
+    noise, whose purpose is the likelihood, always takes fp32."""
+    if config.noise == "uniform":
+        return "fp32"
+    if model.var.device.type == "cuda":
+        return "bf16"
+    x = scale_pixels(data.pixels[: config.batch_size])
+    times = {"fp32": math.inf, "bf16": math.inf}
+    for attempt in range(3):
+        for name in times:
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+                z, _, logdets = model(x)
+            torch.autograd.grad(
+                model.loss(z, logdets), list(model.parameters()), allow_unused=True
+            )
+            if attempt:  # the first pays for warming up
+                times[name] = min(times[name], time.perf_counter() - start)
+    return "bf16" if times["fp32"] > 1.1 * times["bf16"] else "fp32"
+
+
+def _shifted(x: Tensor, limit: int, rng: Tensor) -> Tensor:
+    """Each image moved by up to ``limit`` pixels along both axes; borders repeat their edge."""
+    B, _, H, W = x.shape
+    offsets = noise_words((B, 2), rng=rng, device=x.device) % (2 * limit + 1) - limit
+    rows = (torch.arange(H, device=x.device) + offsets[:, :1]).clamp(0, H - 1)
+    columns = (torch.arange(W, device=x.device) + offsets[:, 1:]).clamp(0, W - 1)
+    x = x.gather(2, rows[:, None, :, None].expand_as(x))
+    return x.gather(3, columns[:, None, None, :].expand_as(x))
+
+
+def _bits(loss: float) -> float:
+    """The loss leaves ``ln(2 pi) / 2`` out and counts images on [-1, 1]."""
+    return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2) + math.log2(128)
+
+
+def _finite(record: dict) -> dict:
+    """JSON has no NaN."""
+    return {k: v if math.isfinite(v) else str(v) for k, v in record.items()}
+
+
+def _keep_records(log: Path, step: int) -> None:
+    """Drops records of steps that a resumed run makes again."""
+    if not log.exists():
+        return
+    lines = log.read_text().splitlines()
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # cut short by a crash
+    write_whole(log, "".join(line + "\n" for line in kept).encode())
+
+
+def _tensorboard(out: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out / "tensorboard")
