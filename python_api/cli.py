@@ -1,0 +1,288 @@
+"""The command line ``flowops``: the roof of the house, the one place that may call every floor.
+
+``doctor`` runs on a bare installation; the other commands need the extra ``flowops[cli]`` and say so.
+"""
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal
+
+USAGE = """usage: flowops COMMAND [options]
+
+commands:
+  demo     train a TarFlow on 5,000 MNIST digits in about three minutes, draw and measure
+  train    train a TarFlow on mnist, digits or a folder of images
+  sample   draw images from a trained model
+  eval     bits per dim and classification of a trained model on held-out images
+  bench    time the ops and the model against plain PyTorch
+  doctor   versions, devices, and which backends are usable and why
+
+`flowops COMMAND --help` lists the options.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit status. Errors are one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"flowops: no command {name!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](rest) or 0
+    except KeyboardInterrupt:
+        print("\nflowops: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "flowops":
+            raise
+        print(
+            f"flowops: {name} needs the package {error.name}: pip install 'flowops[demo]'",
+            file=sys.stderr,
+        )
+        return 1
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        print(f"flowops: {error}", file=sys.stderr)
+        return 1
+
+
+# --- doctor --------------------------------------------------------------------------------------
+
+
+def doctor(argv: list[str]) -> None:
+    if argv:
+        raise ValueError(f"doctor: takes no options, got {argv[0]!r}")
+    import torch
+
+    from flowops import __version__, dispatch
+
+    print(f"flowops   {__version__}")
+    print(f"python    {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("torch", "numpy", "safetensors", "triton", "cupy-cuda13x", "cupy-cuda12x"):
+        try:
+            print(f"{package:9s} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package:9s} not installed")
+    print("\ndevices")
+    print(f"  cpu      {torch.get_num_threads()} threads")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        print(
+            f"  cuda:{i}   {properties.name}, compute capability "
+            f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    print("\nbackends")
+    for backend in dispatch.BACKENDS:
+        usable, state = dispatch.backend_state(backend)
+        print(f"  {backend:9s} {'usable' if usable else 'not usable'}: {state}")
+    print("\nops on the cpu")
+    for op in dispatch.ops():
+        usable, reason = dispatch.can_run(op, "cpu")
+        print(f"  {op:32s} {'cpu' if usable else f'reference ({reason})'}")
+
+
+# --- the commands that tyro parses -----------------------------------------------------------------
+
+
+def demo(argv: list[str]) -> None:
+    import tyro
+
+    from flowops.bench.demo import DemoConfig, run
+
+    run(tyro.cli(DemoConfig, prog="flowops demo", args=argv))
+
+
+def bench(argv: list[str]) -> None:
+    from flowops.bench.run import main as run
+
+    run(argv)
+
+
+def train(argv: list[str]) -> None:
+    import tyro
+
+    from .train import TrainConfig
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        """Train a TarFlow."""
+
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        data: str = "mnist"
+        """"mnist", "digits", or a folder of images (its subfolders are the classes)."""
+        out: Path = Path("runs/train")
+        """Where checkpoint, model, metrics and samples go."""
+        resume: bool = False
+        """Go on from the checkpoint in `out`."""
+        held_out: int = 500
+        """Images kept for evaluation."""
+        img_size: int | None = None
+        """Folders: crop and resize to this many pixels."""
+        image_channels: Literal[1, 3] = 3
+        """Folders: 3 for RGB, 1 for grey."""
+
+    _train(tyro.cli(Arguments, prog="flowops train", args=argv))
+
+
+def _train(args) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .data import load_images, save_grid
+    from .evaluate import evaluate
+    from .train import Trainer, build_model, noise_name, run_training
+
+    console, config = Console(), args.config
+    data, held_out = load_images(args.data, args.img_size, args.image_channels).split(args.held_out)
+    model = build_model(config, data).to(_device())
+    trainer = Trainer(config, model, data)
+    checkpoint = args.out / "checkpoint.safetensors"
+    if args.resume:
+        trainer.load(checkpoint)
+    elif checkpoint.exists():
+        raise ValueError(
+            f"out: {checkpoint} exists; go on from it with --resume or choose another directory"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    with Progress(console=console) as progress:
+        task = progress.add_task(
+            f"training in {trainer.precision}", total=config.steps, completed=trainer.step_count
+        )
+
+        def on_step(record):
+            progress.update(
+                task,
+                completed=record["step"],
+                description=f"{record['bits_per_dim']:.3f} bits/dim",
+            )
+            if record["refused"]:
+                console.print(
+                    f"step {record['step']} refused: loss {record['loss']}, gradient norm "
+                    f"{record['grad_norm']}"
+                )
+
+        model = run_training(trainer, args.out, on_step)
+    labels = _labels_in_turn(model, 40)
+    save_grid(model.sample(40, labels, batch_size=40).cpu(), args.out / "samples.png", 10)
+    result = evaluate(model, held_out, config)
+    _print_evaluation(console, result, noise_name(config))
+    for name in ("model.safetensors", "checkpoint.safetensors", "metrics.jsonl", "samples.png"):
+        console.print(args.out / name, highlight=False)
+
+
+def sample(argv: list[str]) -> None:
+    import torch
+    import tyro
+
+    from .checkpoint import load_model, read_tensors
+    from .data import save_grid
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        """Draw images from a model that `flowops train` or `flowops demo` saved."""
+
+        model: tyro.conf.Positional[Path]
+        """model.safetensors"""
+        out: Path = Path("samples.png")
+        n: int = 40
+        label: int | None = None
+        """Class of all images; otherwise the classes in turn."""
+        guidance: float = 0.0
+        attn_temp: float = 1.0
+        denoise: bool = True
+        """Remove the training noise (Tweedie)."""
+        columns: int = 10
+        seed: int = 0
+
+    args = tyro.cli(Arguments, prog="flowops sample", args=argv)
+    if args.columns < 1:
+        raise ValueError(f"columns: expected a positive number, got {args.columns}")
+    model = load_model(args.model).to(_device()).eval()
+    trained = read_tensors(args.model)[1].get("train_config", {})
+    gaussian = trained.get("noise") == "gaussian"
+    labels = args.label if args.label is not None else _labels_in_turn(model, args.n)
+    images = model.sample(
+        args.n,
+        labels,
+        guidance=args.guidance,
+        attn_temp=args.attn_temp,
+        denoise_std=trained["noise_std"] if args.denoise and gaussian else 0.0,
+        rng=torch.tensor([args.seed, 0], device=model.var.device),
+    )
+    save_grid(images, args.out, args.columns)
+    print(args.out)
+
+
+def evaluate_model(argv: list[str]) -> None:
+    import tyro
+    from rich.console import Console
+
+    from .checkpoint import load_model, read_tensors
+    from .data import load_images
+    from .evaluate import evaluate
+    from .train import TrainConfig, noise_name
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        """Bits per dim, and classification by Bayes' rule, on the held-out images of a data set."""
+
+        model: tyro.conf.Positional[Path]
+        """model.safetensors"""
+        data: str = "mnist"
+        """"mnist", "digits", or a folder of images."""
+        held_out: int = 500
+        """As in training: the same images are held out."""
+
+    args = tyro.cli(Arguments, prog="flowops eval", args=argv)
+    model = load_model(args.model).to(_device()).eval()
+    trained = read_tensors(args.model)[1].get("train_config")
+    if trained is None:
+        raise ValueError(f"{args.model}: holds no training configuration, so its noise is unknown")
+    config = TrainConfig(**trained)
+    data = load_images(args.data, model.img_size, model.in_channels)
+    result = evaluate(model, data.split(args.held_out)[1], config)
+    _print_evaluation(Console(), result, noise_name(config))
+
+
+def _print_evaluation(console, result, noise: str) -> None:
+    console.print(
+        f"{result.bits_per_dim:.4f} ± {result.standard_error:.4f} bits per dim "
+        f"({result.images} held-out images, {noise} noise)"
+    )
+    if result.accuracy is not None:
+        console.print(f"{result.accuracy:.1%} classified right by Bayes' rule")
+
+
+def _labels_in_turn(model, n: int):
+    """The classes in turn, or None for a model without."""
+    import torch
+
+    if not model.num_classes or n < 1:
+        return None
+    return torch.arange(n, device=model.var.device) % model.num_classes
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "demo": demo,
+    "train": train,
+    "sample": sample,
+    "eval": evaluate_model,
+    "bench": bench,
+    "doctor": doctor,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
