@@ -1,4 +1,4 @@
-"""The main job: a class-conditional TarFlow learns 5,000 real digits, and the run measures itself."""
+"""The main job: a class-conditional TarFlow learns 5,000 real digits and measures itself."""
 
 import json
 import time
@@ -52,7 +52,9 @@ def run(config: DemoConfig) -> dict:
     model = build_model(train_config, train)
     for backend in ("cpu", "triton"):
         usable, state = dispatch.backend_state(backend)
-        console.print(f"backend {backend}: {'' if usable else 'not used: '}{state}", highlight=False)
+        console.print(
+            f"backend {backend}: {'' if usable else 'not used: '}{state}", highlight=False
+        )
 
     with console.status("measuring before training"):
         before = evaluate(model, held_out, train_config)
@@ -104,7 +106,9 @@ def run(config: DemoConfig) -> dict:
         with torch.no_grad():
             round_trip = (model.reverse(model(noisy, true)[0], true) - noisy).abs().max().item()
         noise = torch.randn(32, model.num_patches, model.patch_channels)
-        sampling = compare_sampling(model, noise, labels[:: len(labels) // 32][:32], config.guidance)
+        sampling = compare_sampling(
+            model, noise, labels[:: len(labels) // 32][:32], config.guidance
+        )
 
     metrics = {
         "bits_per_dim_start": before.bits_per_dim,

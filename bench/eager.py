@@ -13,7 +13,7 @@ from flowops.api import TarFlow, patchify, unpatchify
 
 
 class EagerTarFlow:
-    """``forward`` and ``reverse`` of ``model``, computed plainly. Holds no parameters of its own."""
+    """``forward`` and ``reverse`` of ``model``, computed plainly, on the model's own parameters."""
 
     def __init__(self, model: TarFlow):
         self.model = model

@@ -1,7 +1,7 @@
 """``flowops bench``: each op and the model against plain PyTorch, in one run.
 
-Prints a table, and appends to ``bench/results/<device>/`` (CSV of all runs, JSON of the last) when run
-in a checkout; ``--readme`` then writes the table into README.md.
+Prints a table, and in a checkout appends to ``bench/results/<device>/`` (CSV of all runs, JSON of
+the last); ``--readme`` then writes the table into README.md.
 """
 
 import csv
@@ -79,9 +79,7 @@ def bench_affine(seconds: float) -> Iterator[Row]:
             for ours, eager, truth in zip(*outs, golden, strict=True)
         )
         double = [t.detach().double().requires_grad_() for t in (x, params)]
-        golden = torch.autograd.grad(
-            eager_affine(*double), double, [g.double() for g in grads]
-        )
+        golden = torch.autograd.grad(eager_affine(*double), double, [g.double() for g in grads])
         for ours, eager, truth in zip(
             step(flowops.affine_update), step(eager_affine), golden, strict=True
         ):
@@ -185,8 +183,8 @@ def bench_tarflow(seconds: float) -> Iterator[Row]:
 
 
 def bench_threads(seconds: float) -> Iterator[Row]:
-    """A loop that alternates torch and flowops against the sum of each alone: 1.0 means that neither
-    waits for the threads of the other."""
+    """A loop that alternates torch and flowops against the sum of each alone: 1.0 means that
+    neither waits for the threads of the other."""
     a = torch.randn(512, 512)
     x, params = torch.randn(32, 256, 48), 0.3 * torch.randn(32, 256, 96)
 
@@ -207,7 +205,9 @@ def bench_threads(seconds: float) -> Iterator[Row]:
         {"torch": by_torch, "flowops": by_flowops, "alternating": alternating}, 2 * seconds
     )
     both = timings["torch"], timings["flowops"]
-    total = type(both[0])(*(getattr(both[0], f) + getattr(both[1], f) for f in ("p20", "median", "p80")))
+    total = type(both[0])(
+        *(getattr(both[0], f) + getattr(both[1], f) for f in ("p20", "median", "p80"))
+    )
     yield row(
         *("threads", "20 x (torch.mm, affine_update), alternating", "512; 32x256x48", "fp32"),
         *("each alone, summed", timings["alternating"], total, 0.0),
@@ -276,7 +276,9 @@ def write_readme(path: Path, folder: Path) -> None:
     table = markdown([Row(**r) for r in last["rows"]], last["environment"])
     text = path.read_text()
     if not README_BLOCK.search(text):
-        raise ValueError(f"{path}: the markers <!-- bench:begin --> and <!-- bench:end --> are gone")
+        raise ValueError(
+            f"{path}: the markers <!-- bench:begin --> and <!-- bench:end --> are gone"
+        )
     path.write_text(README_BLOCK.sub(lambda match: match[1] + table + match[2], text))
 
 

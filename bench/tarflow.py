@@ -97,5 +97,6 @@ def _gate_density(model: TarFlow, x: Tensor, y: Tensor | None) -> float:
     golden = EagerTarFlow(copy.deepcopy(model).double()).forward(x.double(), y)
     plain, ours = EagerTarFlow(model).forward(x, y), model(x, y)
     return max(
-        gate(name, ours[i], plain[i], golden[i], torch.float32) for name, i in (("z", 0), ("logdet", 2))
+        gate(name, ours[i], plain[i], golden[i], torch.float32)
+        for name, i in (("z", 0), ("logdet", 2))
     )

@@ -33,7 +33,7 @@ def affine_inverse_reference(z: Tensor, params: Tensor, reverse: bool = False) -
 
 
 def affine_update_backward_reference(grad_z, grad_logdet, x, params, reverse=False):
-    """Gradients of ``affine_update``: ``dx = g e^-a``, ``db = -g e^-a``, ``da = -g z - g_logdet``."""
+    """Gradients of ``affine_update``: ``dx = g e^-a``, ``db = -dx``, ``da = -g z - g_logdet``."""
     a, b = _shifted(x, params, reverse)
     grad_x = grad_z.to(b.dtype) * torch.exp(-a)
     grad_a = -grad_x * (x.to(b.dtype) - b)
@@ -95,8 +95,8 @@ def _(z, params, reverse):
 
 
 @dispatch.define_op(
-    "affine_update_backward(Tensor grad_z, Tensor grad_logdet, Tensor x, Tensor params, bool reverse)"
-    " -> (Tensor, Tensor)"
+    "affine_update_backward(Tensor grad_z, Tensor grad_logdet, Tensor x, Tensor params,"
+    " bool reverse) -> (Tensor, Tensor)"
 )
 def _(grad_z, grad_logdet, x, params, reverse):
     return x.new_empty(x.shape), params.new_empty(params.shape)
@@ -204,7 +204,7 @@ class AffineUpdateFunction(torch.autograd.Function):
     """Double backward goes through the reference formula, which is differentiable itself.
 
     ``ctx`` comes with ``forward`` (not a separate ``setup_context``): torch binds the arguments of
-    the other form through ``inspect`` at every call, which costs several times what the kernel does.
+    the other form through ``inspect`` at every call, which costs more than a small kernel does.
     """
 
     @staticmethod
@@ -255,9 +255,9 @@ def affine_update(
 
     Args:
         x: ``[B, T, C]``, floating.
-        params: ``[B, T, 2C]``, the network's output per token: the first C are the log-scales ``a``,
-            the last C the shifts ``b``. Or ``[B, T, C]``, the shifts alone (volume preserving). May
-            be stored in another floating dtype than x.
+        params: ``[B, T, 2C]``, the network's output per token: log-scales ``a`` first, then shifts
+            ``b``. Or ``[B, T, C]``, the shifts alone (volume preserving). May be stored in another
+            floating dtype than x.
         reverse: x and z are in raster order while params are in reversed token order.
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 

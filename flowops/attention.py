@@ -5,8 +5,8 @@ r"""Causal attention over patches, and the fused head of an autoregressive block
 
 with T queries, S >= T keys and values; the queries are the last T of S tokens.
 
-Source: Vaswani et al. (arXiv 1706.03762), eq. 1; Dao et al., "FlashAttention" (arXiv 2205.14135) for
-what is saved; Zhai et al. (arXiv 2412.06329), section 2.2 for the block.
+Source: Vaswani et al. (arXiv 1706.03762), eq. 1; Dao et al., "FlashAttention" (arXiv 2205.14135)
+for what is saved; Zhai et al. (arXiv 2412.06329), section 2.2 for the block.
 """
 
 import math
@@ -23,7 +23,7 @@ from .affine import affine_update_backward_reference, affine_update_reference
 def causal_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """``causal_attention`` in plain PyTorch: ``o [B, T, H, D]`` and the log-sum-exp ``[B, H, T]``."""
+    """``causal_attention`` in plain PyTorch: ``o [B, T, H, D]`` and log-sum-exp ``[B, H, T]``."""
     q, k, v, dtype = *_computing(q, k, v), q.dtype
     scores = _scores(q, k, scale)
     lse = torch.logsumexp(scores, dim=-1)
@@ -105,7 +105,12 @@ def _(q, k, v, weight, bias, x, reverse, scale):
     B, T, H, _ = q.shape
     lse_dtype = _lse_dtype(q)
     logdet = x.new_empty(B, dtype=torch.promote_types(lse_dtype, _lse_dtype(x)))
-    return x.new_empty(x.shape), logdet, q.new_empty(q.shape), q.new_empty((B, H, T), dtype=lse_dtype)
+    return (
+        x.new_empty(x.shape),
+        logdet,
+        q.new_empty(q.shape),
+        q.new_empty((B, H, T), dtype=lse_dtype),
+    )
 
 
 @dispatch.define_op(
@@ -198,9 +203,7 @@ def _composed(backend: str) -> None:
         )
         grad_o = (grad_params @ weight).view(o.shape)
         grad_weight = grad_params.flatten(0, 1).mT @ o.flatten(2).flatten(0, 1)
-        grads = torch.ops.flowops.causal_attention_backward(
-            grad_o, q, k, v, o, lse, scale, backend
-        )
+        grads = torch.ops.flowops.causal_attention_backward(grad_o, q, k, v, o, lse, scale, backend)
         return *grads, grad_weight.contiguous(), grad_params.sum((0, 1)), grad_x
 
 

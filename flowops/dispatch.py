@@ -40,9 +40,9 @@ def implement(op: str, backend: str, supports: Callable[..., str | None] | None 
 def define_op(schema: str, flops: Callable | None = None):
     """Registers ``flowops::<op>`` with torch.library; decorates its shape function.
 
-    The schema is that of the op's arguments, tensors first; ``str backend`` is appended to them. The
-    decorated function takes the same arguments without the backend and returns empty outputs (what
-    torch.library calls the fake). ``flops`` takes the arguments with tensors replaced by shapes.
+    The schema is that of the op's arguments, tensors first; ``str backend`` is appended to them.
+    The decorated function takes the same arguments without the backend and returns empty outputs
+    (what torch.library calls the fake). ``flops`` takes the arguments with shapes for tensors.
     """
     op, rest = schema.split("(", 1)
     arguments, returns = rest.rsplit(") ->", 1)
@@ -96,14 +96,17 @@ def can_run(op: str, backend: str, *args) -> tuple[bool, str]:
 
 
 def backend_state(backend: str) -> tuple[bool, str]:
-    """Whether ``backend`` is usable in this process at all: ``(usable, what is active or why not)``."""
+    """Whether ``backend`` is usable in this process: ``(usable, what is active or why not)``."""
     if backend == "reference":
         return True, f"PyTorch {torch.__version__}"
     if backend == "cpu":
         module, reason = _load_native()
         if module is None:
             return False, reason
-        return True, f"{module.isa()} of {', '.join(module.isas())}; {torch.get_num_threads()} threads"
+        return (
+            True,
+            f"{module.isa()} of {', '.join(module.isas())}; {torch.get_num_threads()} threads",
+        )
     if not torch.cuda.is_available():
         return False, "no CUDA device is visible to PyTorch"
     package = "triton" if backend == "triton" else "cupy"
@@ -163,9 +166,7 @@ def _select(op: str, backend: str, args: tuple) -> Callable:
             if candidate in implementations and _reason_against(op, candidate, args) is None:
                 return implementations[candidate][0]
     if asked not in BACKENDS:
-        raise ValueError(
-            f"FLOWOPS_BACKEND: expected 'auto' or one of {BACKENDS}, got {asked!r}"
-        )
+        raise ValueError(f"FLOWOPS_BACKEND: expected 'auto' or one of {BACKENDS}, got {asked!r}")
     reason = _reason_against(op, asked, args)
     if reason is not None:
         raise RuntimeError(f"backend {asked!r} can't run {op}: {reason}")

@@ -256,8 +256,8 @@ _DIFFERENCES_AT_ONCE = 1 << 22  # elements of [n, M, D] that the reference holds
 def _by_rows(op: str, function, rowwise: int, row_outputs: int | None = None) -> None:
     """The reference of ``op`` in blocks of rows, so that no [N, M, D] is stored.
 
-    The first ``rowwise`` arguments are cut. Of the outputs the first ``row_outputs`` (None: all) are
-    concatenated; the others are summed over the blocks, in double.
+    The first ``rowwise`` arguments are cut. Of the outputs the first ``row_outputs`` (None: all)
+    are concatenated; the others are summed over the blocks, in double.
     """
 
     @dispatch.implement(op, "reference")
@@ -283,9 +283,7 @@ _by_rows("kernel_coupling_inverse", kernel_coupling_inverse_reference, 2)
 _by_rows("se_gram_backward", se_gram_backward_reference, 2, 1)
 _by_rows("se_gram_matmul_backward", se_gram_matmul_backward_reference, 2, 1)
 _by_rows("kernel_coupling_backward", kernel_coupling_backward_reference, 4, 2)
-_by_rows(
-    "kernel_coupling_inverse_backward", kernel_coupling_inverse_backward_reference, 3, 2
-)
+_by_rows("kernel_coupling_inverse_backward", kernel_coupling_inverse_backward_reference, 3, 2)
 
 # --- autograd ------------------------------------------------------------------------------------
 
@@ -468,9 +466,7 @@ def _check(name, x, z, lengthscale, kernel, precision, backend) -> Tensor:
     dispatch.check_floating(**{name: x, "z": z})
     for label, tensor in ((name, x), ("z", z)):
         if tensor.ndim != 2 or 0 in tensor.shape:
-            raise ValueError(
-                f"{label}: expected a non-empty [rows, D], got {list(tensor.shape)}"
-            )
+            raise ValueError(f"{label}: expected a non-empty [rows, D], got {list(tensor.shape)}")
     if z.shape[1] != x.shape[1]:
         raise ValueError(f"z: expected [M, {x.shape[1]}] like {name}, got {list(z.shape)}")
     if not isinstance(lengthscale, Tensor):

@@ -149,9 +149,9 @@ def make_rng(rng: Rng = None, device: torch.device | str = "cpu") -> Tensor:
     """The state that a noise op draws from: int64 ``[2]`` = (seed, offset).
 
     Args:
-        rng: such a tensor (checked and handed back), a ``torch.Generator``, or None for a seed drawn
-            from torch's generator of the device. Drawing never waits for the device and is recorded
-            in a CUDA graph.
+        rng: such a tensor (checked and handed back), a ``torch.Generator``, or None for a seed
+            drawn from torch's generator of the device. Drawing never waits for the device and is
+            recorded in a CUDA graph.
         device: where the tensor has to be.
 
     Raises:

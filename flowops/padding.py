@@ -100,7 +100,7 @@ def pad_noise(
     Args:
         x: ``[..., D]``, floating.
         pad: number of padding dimensions, at least 1.
-        pad_scale: standard deviation of the padding; a number or a 0-d tensor, which may be learned.
+        pad_scale: standard deviation of the padding; a number or a 0-d tensor, to be learned.
         data_scale: standard deviation of the noise on x; likewise.
         rng: int64 tensor ``[2]`` (seed, offset) on x's device, a ``torch.Generator``, or None.
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.

@@ -1,7 +1,7 @@
 """Model files: written whole or not at all, read with every mismatch named.
 
-Files are safetensors (weights plus a JSON header). Reading also takes the ``.pth`` of other programs,
-never running code that a pickle may carry.
+Files are safetensors (weights plus a JSON header). Reading also takes the ``.pth`` of other
+programs, never running code that a pickle may carry.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
     the previous file or the new one.
 
     Raises:
-        OSError: naming the file (no room, no such directory, no permission). Nothing is left behind.
+        OSError: naming the file (no room, no directory, no permission). Nothing is left behind.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -76,7 +76,9 @@ def read_tensors(path: str | Path) -> tuple[Tensors, dict]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: truncated, or more than a table of tensors ({reason})") from error
+        raise ValueError(
+            f"{path}: truncated, or more than a table of tensors ({reason})"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: expected a table of tensors (a state dict)")
     return tensors, {}

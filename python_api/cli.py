@@ -1,6 +1,6 @@
 """The command line ``flowops``: the roof of the house, the one place that may call every floor.
 
-``doctor`` runs on a bare installation; the other commands need the extra ``flowops[cli]`` and say so.
+``doctor`` runs on a bare installation; the others need an extra and say so.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def doctor(argv: list[str]) -> None:
         print(f"  {op:32s} {'cpu' if usable else f'reference ({reason})'}")
 
 
-# --- the commands that tyro parses -----------------------------------------------------------------
+# --- the commands that tyro parses ---------------------------------------------------------------
 
 
 def demo(argv: list[str]) -> None:

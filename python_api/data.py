@@ -26,11 +26,9 @@ class Images:
         return Images(self.pixels[index], labels, self.class_names)
 
     def split(self, held_out: int) -> tuple["Images", "Images"]:
-        """Training and held-out images, drawn once and for all (the split has a seed of its own)."""
+        """Training and held-out images, drawn once for all (the split has a seed of its own)."""
         if not 0 < held_out < len(self):
-            raise ValueError(
-                f"held_out: expected from 1 to {len(self) - 1} images, got {held_out}"
-            )
+            raise ValueError(f"held_out: expected from 1 to {len(self) - 1} images, got {held_out}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(20241209))
         return self[order[held_out:]], self[order[:held_out]]
 
@@ -81,7 +79,9 @@ def _digits() -> Images:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("data 'digits' needs scikit-learn: pip install 'flowops[demo]'") from error
+        raise ImportError(
+            "data 'digits' needs scikit-learn: pip install 'flowops[demo]'"
+        ) from error
     digits = load_digits()
     pixels = np.rint(digits.images[:, None] * (255 / 16))
     return _digit_images(pixels, digits.target)
@@ -138,7 +138,7 @@ def read_image(path: Path, img_size: int, channels: int) -> Tensor:
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int, zoom: int = 2) -> None:
-    """Writes images ``[n, c, H, W]`` in [-1, 1] as one PNG, row by row, each pixel ``zoom`` wide."""
+    """Writes images ``[n, c, H, W]`` in [-1, 1] as one PNG, by rows, each pixel ``zoom`` wide."""
     import io
 
     from PIL import Image
@@ -148,7 +148,9 @@ def save_grid(images: Tensor, path: str | Path, columns: int, zoom: int = 2) -> 
     n, c, H, W = images.shape
     rows = -(-n // columns)
     gap = 1
-    sheet = torch.full((c, rows * (H + gap) + gap, columns * (W + gap) + gap), 96, dtype=torch.uint8)
+    sheet = torch.full(
+        (c, rows * (H + gap) + gap, columns * (W + gap) + gap), 96, dtype=torch.uint8
+    )
     tiles = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     for i, tile in enumerate(tiles):
         top = gap + (i // columns) * (H + gap)

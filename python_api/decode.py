@@ -15,7 +15,8 @@ from .transformer import AttentionBlock
 @dataclass(frozen=True)
 class Guidance:
     """``a += g (a - a_u)`` and the same for b, with ``a_u, b_u`` from a pass without the label and
-    with attention scores divided by ``attn_temp``; ``g_i = weight (i + 1) / (T - 1)`` if annealed."""
+    with attention scores divided by ``attn_temp``; ``g_i = weight (i + 1) / (T - 1)`` if
+    annealed."""
 
     weight: float = 0.0
     what: str = "ab"
@@ -121,9 +122,12 @@ def invert_block(block, z: Tensor, y: Tensor | None, guidance: Guidance) -> Tens
     if guidance.active:
         embed = torch.cat([embed.expand(B, -1), block.class_embedding(None, B).expand(B, -1)])
     position = block.positions().to(wide) + block.proj_in.bias.to(wide)
-    w_in, (w_out, b_out) = block.proj_in.weight.to(wide), (
-        block.proj_out.weight.to(narrow),
-        block.proj_out.bias.to(narrow),
+    w_in, (w_out, b_out) = (
+        block.proj_in.weight.to(wide),
+        (
+            block.proj_out.weight.to(narrow),
+            block.proj_out.bias.to(narrow),
+        ),
     )
     temperature = guidance.attn_temp if guidance.active else 1.0
 

@@ -47,9 +47,7 @@ def evaluate(model: TarFlow, data: Images, config: TrainConfig) -> Evaluation:
         ValueError: if model and data do not fit.
     """
     if data.labels is not None and model.num_classes not in (0, len(data.class_names)):
-        raise ValueError(
-            f"data: expected {model.num_classes} classes, got {len(data.class_names)}"
-        )
+        raise ValueError(f"data: expected {model.num_classes} classes, got {len(data.class_names)}")
     bits, correct = [], 0
     for x, y in noisy_batches(data, config, model.var.device):
         if y is None or not model.num_classes:

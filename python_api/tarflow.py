@@ -1,8 +1,8 @@
 """TarFlow: a stack of causal Transformers on image patches, trained by maximum likelihood.
 
-Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329). Attribute
-names, initialisation and returned values are those of its reference program, so that its checkpoints
-load unchanged.
+Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329).
+Attribute names, initialisation and returned values are those of its reference program, so that its
+checkpoints load unchanged.
 """
 
 import math
@@ -35,7 +35,7 @@ def gaussian_noise(x: Tensor, std: float, rng: Rng = None) -> Tensor:
 
 
 def uniform_dequantize(x: Tensor, rng: Rng = None) -> Tensor:
-    """8-bit images in [-1, 1] to ``2 (k + u) / 256 - 1`` with ``k = (x + 1) 255 / 2``, u uniform."""
+    """8-bit images in [-1, 1] to ``2 (k + u) / 256 - 1``, ``k = (x + 1) 255 / 2``, u uniform."""
     u = noise_uniform((x.shape[0], x[0].numel()), rng=rng, device=x.device, dtype=x.dtype)
     return ((x + 1) * (255 / 2) + u.view_as(x)) / 128 - 1
 
@@ -76,7 +76,7 @@ class TarFlowBlock(nn.Module):
         return affine_update(x, self.params(x, y), reverse=self.reverse)
 
     def params(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the affine step reads, ``[B, T, 2C]`` or ``[B, T, C]``, in the block's token order."""
+        """What the affine step reads, ``[B, T, 2C]`` or ``[B, T, C]``, in the block's order."""
         h = self.proj_in(x.flip(1) if self.reverse else x)
         h = h + (self.positions() + self.class_embedding(y, len(x)).unsqueeze(1))
         for layer in self.attn_blocks:
@@ -186,9 +186,7 @@ class TarFlow(nn.Module):
 
     # --- density ---------------------------------------------------------------------------------
 
-    def forward(
-        self, x: Tensor, y: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Images to noise.
 
         Args:
@@ -214,12 +212,12 @@ class TarFlow(nn.Module):
         return tokens, outputs, logdets / (self.num_patches * self.patch_channels)
 
     def loss(self, z: Tensor, logdets: Tensor) -> Tensor:
-        """Negative log-likelihood per dimension in nats, without ``ln(2 pi) / 2``, of a unit prior."""
+        """Negative log-likelihood per dimension in nats, less ``ln(2 pi) / 2``, of a unit prior."""
         return 0.5 * z.float().square().mean() - logdets.mean()
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """``log p(x | y)`` in nats per image, ``[B]``, of x as given in [-1, 1]. Arguments and errors
-        as ``forward``."""
+        """``log p(x | y)`` in nats per image, ``[B]``, of x as given in [-1, 1]. Arguments and
+        errors as ``forward``."""
         z, _, logdets = self(x, y)
         z = z.to(self.var.dtype)
         energy = (z.square() / self.var + self.var.log() + math.log(2 * math.pi)).sum((1, 2))
@@ -236,7 +234,7 @@ class TarFlow(nn.Module):
         self.var.lerp_(z.square().mean(0).to(self.var.dtype), self.PRIOR_RATE)
 
     def denoise(self, x: Tensor, y: Tensor | None = None, noise_std: float = 0.0) -> Tensor:
-        """Tweedie's estimate ``x + noise_std^2 grad_x log p(x | y)`` of the image behind a noisy one.
+        """Tweedie's estimate ``x + noise_std^2 grad_x log p(x | y)`` of the image behind noise.
 
         Args:
             x, y: as in ``forward``.
@@ -345,7 +343,12 @@ class TarFlow(nn.Module):
         for i in range(0, n, batch_size):
             labels = None if y is None else y[i : i + batch_size]
             batch = self.reverse(
-                noise[i : i + batch_size], labels, guidance, guide_what, attn_temp, annealed_guidance
+                noise[i : i + batch_size],
+                labels,
+                guidance,
+                guide_what,
+                attn_temp,
+                annealed_guidance,
             )
             if denoise_std > 0:
                 batch = self.denoise(batch, labels, denoise_std)
@@ -372,8 +375,9 @@ class TarFlow(nn.Module):
             raise TypeError(f"noise: expected a floating tensor, got {got}")
         expected = [self.num_patches, self.patch_channels]
         if noise.ndim != 3 or list(noise.shape[1:]) != expected or noise.shape[0] == 0:
-            raise ValueError(f"noise: expected [B >= 1, {expected[0]}, {expected[1]}], got "
-                             f"{list(noise.shape)}")
+            raise ValueError(
+                f"noise: expected [B >= 1, {expected[0]}, {expected[1]}], got {list(noise.shape)}"
+            )
         if noise.device != self.var.device:
             raise ValueError(
                 f"noise: expected a tensor on {self.var.device}, got one on {noise.device}"

@@ -193,9 +193,7 @@ class Trainer:
         return x, y
 
     def autocast(self):
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def averaged_model(self) -> TarFlow:
         """A copy of the model with the averaged weights."""
@@ -295,9 +293,7 @@ def run_training(
                 trainer.save(checkpoint)
                 raise
             done = trainer.step_count - first
-            record["images_per_second"] = (
-                done * config.batch_size / (time.perf_counter() - started)
-            )
+            record["images_per_second"] = done * config.batch_size / (time.perf_counter() - started)
             last = trainer.step_count == config.steps
             if record["refused"] or last or trainer.step_count % config.log_every == 0:
                 file.write(json.dumps(_finite(record)) + "\n")
@@ -309,8 +305,8 @@ def run_training(
                 on_step(record)
             if trainer.skipped == 10:
                 raise FloatingPointError(
-                    f"step {trainer.step_count}: ten steps in a row gave a loss or gradient that is "
-                    f"not finite; {checkpoint} is the last good state; a lower lr may help"
+                    f"step {trainer.step_count}: ten steps in a row gave a loss or gradient that "
+                    f"is not finite; {checkpoint} is the last good state; a lower lr may help"
                 )
             if trainer.step_count % config.checkpoint_every == 0 or last:
                 trainer.save(checkpoint)
@@ -349,9 +345,7 @@ def faster_precision(config: TrainConfig, model: TarFlow, data: Images) -> str:
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
                 z, _, logdets = model(x)
-            torch.autograd.grad(
-                model.loss(z, logdets), list(model.parameters()), allow_unused=True
-            )
+            torch.autograd.grad(model.loss(z, logdets), list(model.parameters()), allow_unused=True)
             if attempt:  # the first pays for warming up
                 times[name] = min(times[name], time.perf_counter() - start)
     return "bf16" if times["fp32"] > 1.1 * times["bf16"] else "fp32"

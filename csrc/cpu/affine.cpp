@@ -163,8 +163,7 @@ void backward(const AffineBackwardArgs &args, Token token) {
     const Rows<X, P> rows{args};
     const int64_t width = args.has_scale ? 2 * args.C : args.C;
     for_chunks(args, [&](int64_t b, int64_t, int64_t first, int64_t last) {
-        const A grad_logdet =
-            args.grad_logdet ? static_cast<const A *>(args.grad_logdet)[b] : A(0);
+        const A grad_logdet = args.grad_logdet ? static_cast<const A *>(args.grad_logdet)[b] : A(0);
         for (int64_t s = first; s < last; ++s) {
             const X *grad_out = static_cast<const X *>(args.grad_out) + rows.dense(b, s);
             X *grad_x = static_cast<X *>(args.grad_x) + rows.dense(b, s);
@@ -178,8 +177,8 @@ void backward(const AffineBackwardArgs &args, Token token) {
             }
             const P *p = rows.params(b, s - 1);
             P *grad_p = grad_params - width;
-            token(rows.x(b, s), rows.scale(p), rows.shift(p), grad_out, grad_logdet, grad_x,
-                  grad_p, args.has_scale ? grad_p + args.C : grad_p, args.C);
+            token(rows.x(b, s), rows.scale(p), rows.shift(p), grad_out, grad_logdet, grad_x, grad_p,
+                  args.has_scale ? grad_p + args.C : grad_p, args.C);
         }
     });
 }
@@ -197,13 +196,15 @@ void inverse_backward(const AffineBackwardArgs &args) {
 }  // namespace
 
 // Storage types: x and params alike, or x in fp32 with params in bf16 (autocast).
-#define FLOWOPS_BY_DTYPE(FUNCTION, ARGS)                                               \
-    switch (ARGS.x_dtype) {                                                            \
-        case DType::f64: return FUNCTION<double, double>(ARGS);                        \
-        case DType::bf16: return FUNCTION<bf16, bf16>(ARGS);                           \
-        case DType::f32:                                                               \
-            return ARGS.params_dtype == DType::f32 ? FUNCTION<float, float>(ARGS)      \
-                                                   : FUNCTION<float, bf16>(ARGS);      \
+#define FLOWOPS_BY_DTYPE(FUNCTION, ARGS)                                          \
+    switch (ARGS.x_dtype) {                                                       \
+        case DType::f64:                                                          \
+            return FUNCTION<double, double>(ARGS);                                \
+        case DType::bf16:                                                         \
+            return FUNCTION<bf16, bf16>(ARGS);                                    \
+        case DType::f32:                                                          \
+            return ARGS.params_dtype == DType::f32 ? FUNCTION<float, float>(ARGS) \
+                                                   : FUNCTION<float, bf16>(ARGS); \
     }
 
 void affine_forward(const AffineForwardArgs &args) { FLOWOPS_BY_DTYPE(forward, args) }

@@ -141,9 +141,9 @@ void noise(int kind, Address rng, int64_t rows, int64_t width, Address out, int 
 void pad_noise(int dtype, Address rng, int64_t rows, int64_t features, int64_t pad, Address x,
                int64_t x_stride, Address out, double pad_scale, double data_scale, int threads) {
     const int64_t *words = at<const int64_t>(rng);
-    const PadNoiseArgs args{DType(dtype), uint64_t(words[0]), uint64_t(words[1]), rows,
-                            features,     pad,                at<const void>(x),  x_stride,
-                            at<void>(out), pad_scale,         data_scale,         threads};
+    const PadNoiseArgs args{
+        DType(dtype),      uint64_t(words[0]), uint64_t(words[1]), rows,      features,   pad,
+        at<const void>(x), x_stride,           at<void>(out),      pad_scale, data_scale, threads};
     py::gil_scoped_release release;
     active.pad_noise(args);
 }

@@ -94,10 +94,10 @@ struct Kernels {
     void pad_noise(const PadNoiseArgs &);                     \
     }
 
-#define FLOWOPS_KERNELS(ISA)                                                                     \
-    Kernels {                                                                                    \
-        #ISA, &ISA::affine_forward, &ISA::affine_backward, &ISA::affine_inverse,                 \
-            &ISA::affine_inverse_backward, &ISA::noise, &ISA::pad_noise                          \
+#define FLOWOPS_KERNELS(ISA)                                                     \
+    Kernels {                                                                    \
+        #ISA, &ISA::affine_forward, &ISA::affine_backward, &ISA::affine_inverse, \
+            &ISA::affine_inverse_backward, &ISA::noise, &ISA::pad_noise          \
     }
 
 }  // namespace flowops

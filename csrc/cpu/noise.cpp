@@ -40,8 +40,7 @@ void fill(const NoiseArgs &args) {
             const int64_t row = counter / groups, group = counter % groups;
             const int64_t take = groups - group < last - counter ? groups - group : last - counter;
             const int64_t column = 4 * group;
-            const int64_t end =
-                column + 4 * take < args.width ? column + 4 * take : args.width;
+            const int64_t end = column + 4 * take < args.width ? column + 4 * take : args.width;
             T *to = out + row * args.width + column;
             const T *from = values + 4 * (counter - first);
             for (int64_t c = 0; c < end - column; ++c) to[c] = from[c];

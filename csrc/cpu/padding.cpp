@@ -48,8 +48,7 @@ void pad(const PadNoiseArgs &args) {
     for (int64_t task = 0; task < tasks; ++task) {
         float normals[4 * noise_block];
         const int64_t first = task * rows_at_once;
-        const int64_t last =
-            first + rows_at_once < args.rows ? first + rows_at_once : args.rows;
+        const int64_t last = first + rows_at_once < args.rows ? first + rows_at_once : args.rows;
         if (per_row <= noise_block) draw(args, groups, first_group, first * per_row, normals);
         for (int64_t row = first; row < last; ++row) {
             const X *x = static_cast<const X *>(args.x) + row * args.x_stride;
@@ -59,7 +58,8 @@ void pad(const PadNoiseArgs &args) {
             for (int64_t done = 0; done < per_row; done += noise_block) {
                 if (per_row > noise_block)
                     draw(args, groups, first_group, row * per_row + done, normals);
-                const float *eps = normals + (per_row > noise_block ? 0 : 4 * (row - first) * per_row);
+                const float *eps =
+                    normals + (per_row > noise_block ? 0 : 4 * (row - first) * per_row);
                 const int64_t origin = 4 * (first_group + done);  // column of eps[0]
                 const int64_t end = origin + 4 * noise_block < W ? origin + 4 * noise_block : W;
                 const int64_t split = end < D ? end : (origin > D ? origin : D);
@@ -82,9 +82,12 @@ void pad(const PadNoiseArgs &args) {
 
 void pad_noise(const PadNoiseArgs &args) {
     switch (args.dtype) {
-        case DType::f32: return pad<float>(args);
-        case DType::f64: return pad<double>(args);
-        case DType::bf16: return pad<bf16>(args);
+        case DType::f32:
+            return pad<float>(args);
+        case DType::f64:
+            return pad<double>(args);
+        case DType::bf16:
+            return pad<bf16>(args);
     }
 }
 

@@ -53,9 +53,7 @@ inline void philox(Lanes counter, uint64_t offset, uint64_t seed, Lanes (&c)[4])
 }
 
 // ((w >> 8) + 1) 2^-24, in (0, 1].
-inline float uniform(uint32_t w) {
-    return float(int32_t(w >> 8) + 1) * 5.9604644775390625e-08f;
-}
+inline float uniform(uint32_t w) { return float(int32_t(w >> 8) + 1) * 5.9604644775390625e-08f; }
 
 // Box-Muller on one pair of words. ln by a degree-10 minimax polynomial on [sqrt(1/2), sqrt(2)),
 // sine and cosine by minimax polynomials on an eighth of a turn, reduced exactly in integers.
@@ -109,8 +107,8 @@ inline void draw_words(const uint64_t *counter, uint64_t offset, uint64_t seed, 
         Lanes words[4];
         philox(load_raw<philox_lanes>(counter + i), offset, seed, words);
         for (int j = 0; j < 4; ++j)
-            store_raw<philox_lanes>(
-                block.w[j] + i, __builtin_convertvector(words[j], vec<uint32_t, philox_lanes>));
+            store_raw<philox_lanes>(block.w[j] + i,
+                                    __builtin_convertvector(words[j], vec<uint32_t, philox_lanes>));
     }
 }
 

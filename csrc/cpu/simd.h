@@ -141,9 +141,9 @@ inline vec<double, N> exponential(vec<double, N> x) {
     V r = c - n * 6.93145751953125e-1;
     r = r - n * 1.42860682030941723212e-6;
     V p = r * (1. / 6227020800.) + 1. / 479001600.;
-    constexpr double coefficients[] = {1. / 39916800., 1. / 3628800., 1. / 362880., 1. / 40320.,
-                                       1. / 5040.,     1. / 720.,     1. / 120.,    1. / 24.,
-                                       1. / 6.,        0.5};
+    constexpr double coefficients[] = {
+        1. / 39916800., 1. / 3628800., 1. / 362880., 1. / 40320., 1. / 5040.,
+        1. / 720.,      1. / 120.,     1. / 24.,     1. / 6.,     0.5};
 #pragma GCC unroll 10
     for (double coefficient : coefficients) p = p * r + coefficient;
     p = p * r * r + r + 1.;

@@ -1,0 +1,243 @@
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from flowops.api import load_model
+from flowops.api.checkpoint import save_tensors
+from flowops.api.data import Images, load_images, scale_pixels
+from flowops.api.evaluate import evaluate
+from flowops.api.train import (
+    TrainConfig,
+    Trainer,
+    add_noise,
+    build_model,
+    learning_rate,
+    run_training,
+)
+
+TINY = TrainConfig(
+    patch_size=4,
+    channels=64,
+    blocks=2,
+    layers=1,
+    steps=12,
+    batch_size=16,
+    warmup=2,
+    shift=1,
+    checkpoint_every=5,
+    log_every=1,
+    precision="fp32",
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("digits")
+
+
+def trainer(config, data):
+    return Trainer(config, build_model(config, data), data)
+
+
+def weights(model):
+    return {k: t.clone() for k, t in model.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_learns_and_leaves_its_files(digits, tmp_path):
+    config = dataclasses.replace(TINY, steps=60, lr=5e-3)
+    train, held_out = digits.split(200)
+    run = trainer(config, train)
+    before = evaluate(run.model, held_out, config)
+    records = []
+    model = run_training(run, tmp_path, records.append)
+    after = evaluate(model, held_out, config)
+    assert after.bits_per_dim < before.bits_per_dim - 0.5
+    assert after.images == 200
+    assert 0 < after.standard_error < 0.1
+    assert len(records) == 60
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in written] == list(range(1, 61))
+    assert written[-1]["loss"] == pytest.approx(records[-1]["loss"])
+    assert_same(weights(load_model(tmp_path / "model.safetensors")), weights(model))
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"nvp": False}, {"noise": "uniform"}])
+def test_resume_is_exact(digits, tmp_path, changes):
+    config = dataclasses.replace(TINY, **changes)
+    whole = trainer(config, digits)
+    losses = [whole.step()["loss"] for _ in range(12)]
+    first = trainer(config, digits)
+    for _ in range(5):
+        first.step()
+    first.save(tmp_path / "checkpoint.safetensors")
+    second = trainer(config, digits)
+    second.load(tmp_path / "checkpoint.safetensors")
+    assert [second.step()["loss"] for _ in range(7)] == losses[5:]
+    assert_same(weights(second.model), weights(whole.model))
+    assert_same(second.ema, whole.ema)
+
+
+def test_resume_with_other_settings_is_refused(digits, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    trainer(TINY, digits).save(path)
+    with pytest.raises(ValueError, match=r"lr: .*checkpoint.* was trained with 0.002, this run has"):
+        trainer(dataclasses.replace(TINY, lr=1e-3), digits).load(path)
+    trainer(dataclasses.replace(TINY, log_every=7), digits).load(path)
+    with pytest.raises(ValueError, match="is not a training checkpoint"):
+        model_file = tmp_path / "model.safetensors"
+        run_training(trainer(dataclasses.replace(TINY, steps=1), digits), tmp_path)
+        save_tensors(model_file, load_model(model_file).state_dict(), {})
+        trainer(TINY, digits).load(model_file)
+
+
+def test_a_bad_step_is_refused_and_ten_stop_the_run(digits, tmp_path):
+    run = trainer(dataclasses.replace(TINY, steps=40), digits)
+    run.step()
+    before = weights(run.model)
+    run.model.blocks[0].proj_in.weight.data[0, 0] = float("nan")
+    record = run.step()
+    assert record["refused"] == 1
+    after = weights(run.model)
+    after["blocks.0.proj_in.weight"][0, 0] = before["blocks.0.proj_in.weight"][0, 0]
+    assert_same(before, after)
+    assert all(bool(t.isfinite().all()) for t in run.ema.values())
+    with pytest.raises(FloatingPointError, match="ten steps in a row"):
+        run_training(run, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["loss"] == "nan" for line in lines)
+
+
+def test_one_refused_step_does_not_stop_the_run(digits):
+    run = trainer(TINY, digits)
+    good = run.batch
+    run.batch = lambda step: (good(step)[0] * (float("inf") if step == 1 else 1), good(step)[1])
+    assert [run.step()["refused"] for _ in range(4)] == [0, 1, 0, 0]
+    assert all(bool(t.isfinite().all()) for t in run.model.state_dict().values())
+
+
+def test_batches_are_a_function_of_seed_and_step(digits):
+    run, again = trainer(TINY, digits), trainer(TINY, digits)
+    for step in (0, 3, 500):
+        for a, b in zip(run.batch(step), again.batch(step), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(run.batch(0)[0], run.batch(1)[0])
+    other = trainer(dataclasses.replace(TINY, seed=1), digits)
+    assert not torch.equal(run.batch(0)[0], other.batch(0)[0])
+
+
+def test_an_epoch_shows_every_image_once():
+    pixels = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 1, 4, 4).contiguous()
+    config = dataclasses.replace(TINY, batch_size=8, noise_std=0.0, shift=0)
+    run = trainer(config, Images(pixels, None))
+    for epoch in range(2):
+        seen = torch.cat([run.batch(5 * epoch + k)[0][:, 0, 0, 0] for k in range(5)])
+        assert torch.equal(seen.sort().values, scale_pixels(pixels)[:, 0, 0, 0])
+
+
+def test_labels_are_dropped_at_the_asked_rate(digits):
+    run = trainer(dataclasses.replace(TINY, batch_size=1000, drop_label=0.3), digits)
+    dropped = (run.batch(0)[1] == -1).float().mean().item()
+    assert abs(dropped - 0.3) < 0.05
+    run = trainer(dataclasses.replace(TINY, drop_label=0.0), digits)
+    assert (run.batch(0)[1] >= 0).all()
+
+
+def test_shift_moves_whole_images():
+    pixels = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
+    config = dataclasses.replace(TINY, batch_size=64, shift=2, noise_std=0.0)
+    run = trainer(config, Images(pixels, None))
+    padded = torch.nn.functional.pad(scale_pixels(pixels), (2, 2, 2, 2), mode="replicate")
+    windows = padded.unfold(2, 8, 1).unfold(3, 8, 1).reshape(64 * 25, 64)
+    moved = run.batch(0)[0].view(64, 64)
+    distance = torch.cdist(moved, windows, compute_mode="donot_use_mm_for_euclid_dist")
+    assert (distance.min(1).values == 0).all()
+    offsets = set((distance.argmin(1) % 25).tolist())
+    assert len(offsets) > 10
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = dataclasses.replace(TINY, steps=100, warmup=10, lr=1e-2)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[10] == pytest.approx(1e-2)
+    assert rates[100] == pytest.approx(1e-6)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_evaluation_draws_the_same_noise_each_time(digits):
+    run = trainer(TINY, digits)
+    part = digits[torch.arange(300)]
+    assert evaluate(run.model, part, TINY) == evaluate(run.model, part, TINY)
+    x = scale_pixels(part.pixels)
+    noisy = add_noise(x, TINY, torch.tensor([1, 1]))
+    assert abs((noisy - x).std().item() - TINY.noise_std) < 0.005
+
+
+def command(out, *extra):
+    arguments = ["--data", "digits", "--patch-size", "4", "--channels", "64", "--blocks", "2"]
+    arguments += ["--layers", "1", "--steps", "40", "--batch-size", "16", "--precision", "fp32"]
+    arguments += ["--checkpoint-every", "1", "--out", str(out), "--held-out", "20"]
+    return [sys.executable, "-m", "flowops", "train", *arguments, *extra]
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_model(tmp_path):
+    subprocess.run(command(tmp_path / "calm"), check=True, capture_output=True)
+    out = tmp_path / "killed"
+    checkpoint = out / "checkpoint.safetensors"
+    generator = torch.Generator().manual_seed(7)
+    for attempt in range(3):
+        resume = ["--resume"] if attempt else []
+        with subprocess.Popen(command(out, *resume), stdout=subprocess.DEVNULL) as process:
+            before = checkpoint.stat().st_mtime_ns if resume else None
+            while process.poll() is None and (
+                not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before
+            ):
+                time.sleep(0.01)
+            time.sleep(0.1 * torch.rand(1, generator=generator).item())
+            process.send_signal(signal.SIGKILL)
+    subprocess.run(command(out, "--resume"), check=True, capture_output=True)
+    same = [load_model(tmp_path / name / "model.safetensors") for name in ("calm", "killed")]
+    assert_same(*(weights(model) for model in same))
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"batch_size": 0}, "batch_size: expected a positive number, got 0"),
+        ({"lr": -1.0}, "lr: expected a positive number"),
+        ({"lr": float("nan")}, "lr: expected a positive number"),
+        ({"noise_std": -0.1}, "noise_std: expected at least 0"),
+        ({"drop_label": 1.0}, "drop_label: expected from 0 to below 1"),
+        ({"ema": 1.5}, "ema: expected from 0 to below 1"),
+    ],
+)
+def test_bad_settings(changes, match):
+    with pytest.raises(ValueError, match=match):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_settings_that_do_not_fit_the_data(digits):
+    with pytest.raises(ValueError, match="batch_size: expected at most the 1797 training images"):
+        trainer(dataclasses.replace(TINY, batch_size=5000), digits)
+    with pytest.raises(ValueError, match="shift: expected less than the image"):
+        trainer(dataclasses.replace(TINY, shift=8), digits)
+    with pytest.raises(ValueError, match="patch_size: expected a divisor"):
+        build_model(dataclasses.replace(TINY, patch_size=3), digits)
+    with pytest.raises(ValueError, match="held_out: expected from 1 to 1796"):
+        digits.split(1797)
