@@ -41,7 +41,7 @@ class EagerTarFlow:
         params = block.proj_out(h)
         params = torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
         a, b = params.chunk(2, dim=-1)
-        z = (x - b) * (-a.float()).exp().type(a.dtype)
+        z = (x - b) * (-_wide(a)).exp().type(a.dtype)
         return z.flip(1) if block.reverse else z, -a.mean(dim=[1, 2])
 
     def _layer(self, layer, h, mask, cache, temperature=1.0):
@@ -81,7 +81,7 @@ class EagerTarFlow:
             if guidance > 0:
                 a_u, b_u = self._step(block, x, position, i, None, caches[1], attn_temp)
                 a, b = a + guidance * (a - a_u), b + guidance * (b - b_u)
-            x[:, i + 1] = x[:, i + 1] * a[:, 0].float().exp().type(a.dtype) + b[:, 0]
+            x[:, i + 1] = x[:, i + 1] * _wide(a[:, 0]).exp().type(a.dtype) + b[:, 0]
         return x.flip(1) if block.reverse else x
 
     def _step(self, block, x, position, i, y, caches, temperature):
@@ -92,9 +92,13 @@ class EagerTarFlow:
 
 
 def _norm(norm, h):
-    return F.layer_norm(h.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).type(
+    return F.layer_norm(_wide(h), norm.normalized_shape, norm.weight, norm.bias, norm.eps).type(
         h.dtype
     )
+
+
+def _wide(t):
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def _class_embedding(block, y):

@@ -96,7 +96,8 @@ def _(z, params, reverse):
 
 @dispatch.define_op(
     "affine_update_backward(Tensor grad_z, Tensor grad_logdet, Tensor x, Tensor params,"
-    " bool reverse) -> (Tensor, Tensor)"
+    " bool reverse) -> (Tensor, Tensor)",
+    lambda grad_z, grad_logdet, x, params, *_: 2 * _flops(x, params),
 )
 def _(grad_z, grad_logdet, x, params, reverse):
     return x.new_empty(x.shape), params.new_empty(params.shape)
@@ -104,7 +105,8 @@ def _(grad_z, grad_logdet, x, params, reverse):
 
 @dispatch.define_op(
     "affine_inverse_backward(Tensor grad_x, Tensor z, Tensor params, bool reverse)"
-    " -> (Tensor, Tensor)"
+    " -> (Tensor, Tensor)",
+    lambda grad_x, z, params, *_: 2 * _flops(z, params),
 )
 def _(grad_x, z, params, reverse):
     return z.new_empty(z.shape), params.new_empty(params.shape)
@@ -250,7 +252,7 @@ def affine_update(
 ) -> tuple[Tensor, Tensor]:
     """``z_i = (x_i - b_{i-1}) exp(-a_{i-1})`` and its log-determinant, the shift by one included.
 
-    exp, update and the sum of the log-determinant run in fp32 (fp64 for fp64) whatever the storage;
+    exp, update and log-determinant run in fp32 or wider (fp64 for fp64) whatever the storage;
     nothing is cast under autocast. Deterministic.
 
     Args:

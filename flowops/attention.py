@@ -117,6 +117,9 @@ def _(q, k, v, weight, bias, x, reverse, scale):
     "causal_patch_attention_backward(Tensor grad_z, Tensor grad_logdet, Tensor q, Tensor k,"
     " Tensor v, Tensor weight, Tensor bias, Tensor x, Tensor o, Tensor lse, bool reverse,"
     " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_z, grad_logdet, q, k, v, weight, *_: (
+        _attention_flops(q, k) * 5 // 2 + 6 * q[0] * q[1] * weight[0] * weight[1]
+    ),
 )
 def _(grad_z, grad_logdet, q, k, v, weight, bias, x, o, lse, reverse, scale):
     return tuple(t.new_empty(t.shape) for t in (q, k, v, weight, bias, x))
@@ -155,8 +158,14 @@ def _cpu_masking(q: Tensor, k: Tensor) -> tuple[bool, Tensor | None]:
     return False, torch.full((T, S), float("-inf"), dtype=q.dtype).triu(S - T + 1)
 
 
+def _dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """torch's op, called directly, takes a contiguous last dimension for granted."""
+    return tuple(t if t.stride(3) == 1 else t.contiguous() for t in tensors)
+
+
 @dispatch.implement("causal_attention", "cpu", _has_sdpa)
 def _(q, k, v, scale):
+    q, k, v = _dense_rows(q, k, v)
     causal, mask = _cpu_masking(q, k)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(t.transpose(1, 2) for t in (q, k, v)),
@@ -171,7 +180,7 @@ def _(q, k, v, scale):
 def _(grad_o, q, k, v, o, lse, scale):
     # torch's backward in half precision is several times slower than its own in fp32.
     dtype = q.dtype
-    grad_o, q, k, v, o = _computing(grad_o, q, k, v, o)
+    grad_o, q, k, v, o = _dense_rows(*_computing(grad_o, q, k, v, o))
     causal, mask = _cpu_masking(q, k)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(t.transpose(1, 2) for t in (grad_o, q, k, v, o)),
@@ -364,7 +373,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:

@@ -179,6 +179,11 @@ def _matmul_flops(x, z, w, *_) -> int:
     return _gram_flops(x, z) + 2 * x[0] * z[0] * w[1]
 
 
+def _backward_flops(x, z, w) -> int:
+    """K again, then the products for dK, dw, dx and dz."""
+    return _gram_flops(x, z) + x[0] * z[0] * (4 * w[1] + 4 * x[1] + 2)
+
+
 def _coupling_flops(x1, x2, z, w, *_) -> int:
     return _matmul_flops(x1, z, w) + 3 * x2[0] * x2[1]
 
@@ -189,7 +194,8 @@ def _(x, z, lengthscale, kernel, precision):
 
 
 @dispatch.define_op(
-    f"se_gram_backward(Tensor grad, Tensor x, Tensor z, {_CONFIG}) -> (Tensor, Tensor, Tensor)"
+    f"se_gram_backward(Tensor grad, Tensor x, Tensor z, {_CONFIG}) -> (Tensor, Tensor, Tensor)",
+    lambda grad, x, z, *_: _gram_flops(x, z) + x[0] * z[0] * (4 * x[1] + 2),
 )
 def _(grad, x, z, lengthscale, kernel, precision):
     return _empty_like(x, z, lengthscale)
@@ -204,7 +210,8 @@ def _(x, z, w, lengthscale, kernel, precision):
 
 @dispatch.define_op(
     f"se_gram_matmul_backward(Tensor grad, Tensor x, Tensor z, Tensor w, {_CONFIG})"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad, x, z, w, *_: _backward_flops(x, z, w),
 )
 def _(grad, x, z, w, lengthscale, kernel, precision):
     return _empty_like(x, z, w, lengthscale)
@@ -222,7 +229,8 @@ def _(x1, x2, z, w, lengthscale, kernel, precision):
 
 @dispatch.define_op(
     "kernel_coupling_backward(Tensor grad_y2, Tensor grad_logdet, Tensor x1, Tensor x2, Tensor z,"
-    f" Tensor w, {_CONFIG}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f" Tensor w, {_CONFIG}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_y2, grad_logdet, x1, x2, z, w, *_: _backward_flops(x1, z, w) + 4 * x2[0] * x2[1],
 )
 def _(grad_y2, grad_logdet, x1, x2, z, w, lengthscale, kernel, precision):
     return _empty_like(x1, x2, z, w, lengthscale)
@@ -238,7 +246,8 @@ def _(x1, y2, z, w, lengthscale, kernel, precision):
 
 @dispatch.define_op(
     "kernel_coupling_inverse_backward(Tensor grad_x2, Tensor x1, Tensor y2, Tensor z, Tensor w,"
-    f" {_CONFIG}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f" {_CONFIG}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_x2, x1, y2, z, w, *_: _backward_flops(x1, z, w) + 4 * y2[0] * y2[1],
 )
 def _(grad_x2, x1, y2, z, w, lengthscale, kernel, precision):
     return _empty_like(x1, y2, z, w, lengthscale)
@@ -346,7 +355,8 @@ def se_gram(
         z: ``[M, D]``, the auxiliary points.
         lengthscale: positive, in the units of x: a number, a 0-d tensor or ``[D]``.
         kernel: ``"se"``, ``"matern12"``, ``"matern32"`` or ``"matern52"``.
-        precision: ``"fp32"``; ``"tf32"`` lets tensor cores round the products.
+        precision: ``"fp32"``; ``"tf32"`` allows tensor cores to round the products (no backend
+            of this version does).
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -470,7 +480,8 @@ def _check(name, x, z, lengthscale, kernel, precision, backend) -> Tensor:
     if z.shape[1] != x.shape[1]:
         raise ValueError(f"z: expected [M, {x.shape[1]}] like {name}, got {list(z.shape)}")
     if not isinstance(lengthscale, Tensor):
-        lengthscale = torch.tensor(lengthscale, dtype=x.dtype, device=x.device)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        lengthscale = torch.tensor(lengthscale, dtype=dtype, device=x.device)
     dispatch.check_floating(**{name: x, "lengthscale": lengthscale})
     if lengthscale.shape not in (torch.Size([]), x.shape[1:]):
         raise ValueError(

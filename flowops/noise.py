@@ -1,4 +1,4 @@
-r"""Noise contract v1: random values that depend on (seed, offset, row, column) alone.
+r"""Noise contract v1: values that depend on (seed, offset, width, row, column) alone.
 
 A row-major matrix of width W is cut into groups of four columns. Column c of row r takes word
 ``c mod 4`` of Philox4x32-10 with key ``seed`` and the 128-bit counter
@@ -150,8 +150,7 @@ def make_rng(rng: Rng = None, device: torch.device | str = "cpu") -> Tensor:
 
     Args:
         rng: such a tensor (checked and handed back), a ``torch.Generator``, or None for a seed
-            drawn from torch's generator of the device. Drawing never waits for the device and is
-            recorded in a CUDA graph.
+            drawn from torch's generator of the device. Drawing never waits for the device.
         device: where the tensor has to be.
 
     Raises:

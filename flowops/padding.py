@@ -23,8 +23,8 @@ def pad_noise_reference(
     N, D = x.shape
     compute = _compute_dtype(x)
     eps = noise_reference(rng, N, D + pad, "normal").to(compute)
-    data = x.to(compute) + eps[:, :D] * data_scale.to(x.device, compute)
-    return torch.cat([data, eps[:, D:] * pad_scale.to(x.device, compute)], dim=1).to(x.dtype)
+    data = x.to(compute) + eps[:, :D] * data_scale  # 0-d: takes eps's dtype, from any device
+    return torch.cat([data, eps[:, D:] * pad_scale], dim=1).to(x.dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -95,7 +95,7 @@ def pad_noise(
     """``concat(x + data_scale eps_d, pad_scale eps_p)`` in one pass, the noise drawn inside.
 
     Drawn and added in fp32 (fp64 for fp64), rounded once; nothing is cast under autocast. The value
-    of every element depends on rng, its row and its column alone.
+    of every element depends on rng, the width D + pad, its row and its column alone.
 
     Args:
         x: ``[..., D]``, floating.

@@ -152,9 +152,7 @@ def _train(args) -> None:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     with Progress(console=console) as progress:
-        task = progress.add_task(
-            f"training in {trainer.precision}", total=config.steps, completed=trainer.step_count
-        )
+        task = progress.add_task("training", total=config.steps, completed=trainer.step_count)
 
         def on_step(record):
             progress.update(

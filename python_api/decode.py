@@ -1,6 +1,6 @@
 """The exact inverse of an autoregressive block, token by token over a preallocated KV cache.
 
-Source: Zhai et al. (arXiv 2412.06329), eq. 5 (inverse) and section 2.5 (guidance).
+Source: Zhai et al. (arXiv 2412.06329).
 """
 
 from dataclasses import dataclass

@@ -37,21 +37,25 @@ def noisy_batches(
 
 
 @torch.no_grad()
-def evaluate(model: TarFlow, data: Images, config: TrainConfig) -> Evaluation:
+def evaluate(
+    model: TarFlow, data: Images, config: TrainConfig, classify: bool = True
+) -> Evaluation:
     """Evaluates on ``data``.
 
     For a model with classes, the likelihood is that under the true label, and Bayes' rule picks the
-    label with the largest likelihood, all being equally probable beforehand.
+    label with the largest likelihood, all being equally probable beforehand; that takes one pass a
+    class, which ``classify=False`` saves.
 
     Raises:
         ValueError: if model and data do not fit.
     """
     if data.labels is not None and model.num_classes not in (0, len(data.class_names)):
         raise ValueError(f"data: expected {model.num_classes} classes, got {len(data.class_names)}")
+    classified = classify and data.labels is not None and model.num_classes > 0
     bits, correct = [], 0
     for x, y in noisy_batches(data, config, model.var.device):
-        if y is None or not model.num_classes:
-            bits.append(model.bits_per_dim(x))
+        if not classified:
+            bits.append(model.bits_per_dim(x, y if model.num_classes else None))
             continue
         table = torch.stack(
             [model.bits_per_dim(x, torch.full_like(y, c)) for c in range(model.num_classes)], dim=1
@@ -59,7 +63,6 @@ def evaluate(model: TarFlow, data: Images, config: TrainConfig) -> Evaluation:
         bits.append(table.gather(1, y.unsqueeze(1)).squeeze(1))
         correct += int((table.argmin(1) == y).sum())
     values = torch.cat(bits).double()
-    classified = data.labels is not None and model.num_classes > 0
     return Evaluation(
         bits_per_dim=values.mean().item(),
         standard_error=values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0,

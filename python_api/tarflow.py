@@ -243,7 +243,7 @@ class TarFlow(nn.Module):
         Returns:
             ``[B, c, H, W]``, not clamped. Only input gradients are computed.
 
-        Source: arXiv 2412.06329, section 2.6.
+        Source: arXiv 2412.06329 (denoising after sampling).
         """
         if not 0 <= noise_std < float("inf"):
             raise ValueError(f"noise_std: expected a finite number, at least 0, got {noise_std!r}")
@@ -282,7 +282,7 @@ class TarFlow(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument that is off.
 
-        Source: arXiv 2412.06329, eq. 5 and section 2.5.
+        Source: arXiv 2412.06329 (inverse and guidance).
         """
         plan = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
         self._check_noise(noise)
@@ -321,8 +321,8 @@ class TarFlow(nn.Module):
             y: one label for all, ``[n]`` labels, or None.
             guidance, guide_what, attn_temp, annealed_guidance: as in ``reverse``.
             denoise_std: if positive, ``denoise`` the images with it.
-            rng: as in ``flowops.make_rng``. Image i depends on rng and i alone, not on n or the
-                batches.
+            rng: as in ``flowops.make_rng``. The noise of image i depends on rng and i alone; n and
+                batch_size change the image by rounding only.
             batch_size: images at a time.
 
         Raises:

@@ -6,9 +6,12 @@ labels. A checkpoint therefore holds weights, optimizer and a step number, and n
 Source: the recipe of arXiv 2412.06329, appendix B.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +85,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected from 0 to below 1, got {getattr(self, name)}")
 
 
-#: May differ between a checkpoint and the run that goes on from it.
+#: What a run that goes on from a checkpoint may ask for anew; the precision stays the checkpoint's.
 _FREE_ON_RESUME = ("precision", "checkpoint_every", "log_every")
 
 
@@ -140,12 +143,11 @@ class Trainer:
         self.step_count = 0
         self.skipped = 0
         self.precision = config.precision
-        if self.precision == "auto":
-            self.precision = faster_precision(config, model, data)
 
     def step(self) -> dict[str, float]:
         """One update. A step whose loss or gradient is not finite changes nothing but the count."""
         config, model = self.config, self.model
+        self.settle_precision()
         x, y = self.batch(self.step_count)
         rate = learning_rate(config, self.step_count)
         for group in self.optimizer.param_groups:
@@ -174,6 +176,12 @@ class Trainer:
             "lr": rate,
             "refused": int(not finite),
         }
+
+    def settle_precision(self) -> str:
+        """Replaces "auto" by what is faster here."""
+        if self.precision == "auto":
+            self.precision = faster_precision(self.config, self.model, self.data)
+        return self.precision
 
     def batch(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Noisy images and labels of a step."""
@@ -266,7 +274,7 @@ def run_training(
     trainer: Trainer, out: Path, on_step: Callable[[dict], None] | None = None
 ) -> TarFlow:
     """Trains to the last step, leaving ``checkpoint.safetensors``, ``metrics.jsonl`` and
-    ``model.safetensors`` (averaged weights) in ``out``.
+    ``model.safetensors`` (averaged weights) in ``out``. Ctrl-C saves after the step at hand.
 
     Args:
         trainer: fresh, or loaded from a checkpoint.
@@ -278,6 +286,7 @@ def run_training(
 
     Raises:
         FloatingPointError: after ten refused steps in a row.
+        KeyboardInterrupt: after Ctrl-C, with the checkpoint written.
         OSError: naming the file that could not be written.
     """
     config, checkpoint = trainer.config, out / "checkpoint.safetensors"
@@ -285,13 +294,9 @@ def run_training(
     _keep_records(log, trainer.step_count)
     board = _tensorboard(out)
     started, first = time.perf_counter(), trainer.step_count
-    with open(log, "a") as file:
+    with open(log, "a") as file, _deferred_interrupt() as interrupted:
         while trainer.step_count < config.steps:
-            try:
-                record = trainer.step()
-            except KeyboardInterrupt:
-                trainer.save(checkpoint)
-                raise
+            record = trainer.step()
             done = trainer.step_count - first
             record["images_per_second"] = done * config.batch_size / (time.perf_counter() - started)
             last = trainer.step_count == config.steps
@@ -306,10 +311,12 @@ def run_training(
             if trainer.skipped == 10:
                 raise FloatingPointError(
                     f"step {trainer.step_count}: ten steps in a row gave a loss or gradient that "
-                    f"is not finite; {checkpoint} is the last good state; a lower lr may help"
+                    f"is not finite; nothing was saved since the last checkpoint; try a lower lr"
                 )
-            if trainer.step_count % config.checkpoint_every == 0 or last:
+            if interrupted or last or trainer.step_count % config.checkpoint_every == 0:
                 trainer.save(checkpoint)
+            if interrupted:
+                raise KeyboardInterrupt
     if board is not None:
         board.close()
     model = trainer.averaged_model()
@@ -320,6 +327,21 @@ def run_training(
         class_names=trainer.data.class_names,
     )
     return model
+
+
+@contextlib.contextmanager
+def _deferred_interrupt():
+    """Yields a list that Ctrl-C fills, so that a step is never cut in two. Elsewhere than in the
+    main thread, where signals can't be handled, it stays empty."""
+    received = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

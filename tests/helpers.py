@@ -30,8 +30,8 @@ def poison(*tensors: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to call an op: ``public`` and ``reference`` take ``tensors(dtype)`` and differ only in
-    the road they take; all tensors get gradients."""
+    """One way to call an op: ``public`` and ``reference`` take ``tensors(dtype)`` and differ only
+    in the road they take; all tensors get gradients."""
 
     name: str
     public: Callable

@@ -96,9 +96,7 @@ def test_unknown_bench():
 
 
 def test_demo_runs_and_measures_itself(tmp_path):
-    metrics = demo.run(
-        demo.DemoConfig(out=tmp_path, minutes=0.02, per_digit=4)
-    )
+    metrics = demo.run(demo.DemoConfig(out=tmp_path, minutes=0.02, per_digit=4))
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["bits_per_dim"] == metrics["bits_per_dim"] < written["bits_per_dim_start"]
     for name in (

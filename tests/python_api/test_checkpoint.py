@@ -85,7 +85,9 @@ def test_weights_that_are_not_finite_are_refused(model, tmp_path, bad):
     broken = TarFlow(**CONFIG)
     broken.blocks[1].proj_out.bias.data[3] = bad
     save_model(broken, path)
-    with pytest.raises(ValueError, match=r"bad.safetensors: blocks\.1\.proj_out\.bias holds values"):
+    with pytest.raises(
+        ValueError, match=r"bad.safetensors: blocks\.1\.proj_out\.bias holds values"
+    ):
         load_model(path)
 
 

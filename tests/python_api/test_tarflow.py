@@ -238,7 +238,9 @@ def test_training_noise():
     rng = torch.tensor([1, 2])
     noisy = uniform_dequantize(x, rng)
     level = torch.floor((noisy + 1) * 128)
-    torch.testing.assert_close(level.clamp(max=255).flatten()[:-1], torch.arange(255.0), atol=1, rtol=0)
+    torch.testing.assert_close(
+        level.clamp(max=255).flatten()[:-1], torch.arange(255.0), atol=1, rtol=0
+    )
     assert noisy.min() >= -1
     assert noisy.max() <= 1
     big = torch.zeros(64, 1, 32, 32)
@@ -314,7 +316,12 @@ def images(*shape, **kwargs):
         (images(0, 2, 4, 4), None, ValueError, "x: expected .*B >= 1"),
         (images(1, 3, 4, 4), None, ValueError, "x: expected"),
         (images(2, 2, 4, 4), torch.tensor([0]), ValueError, r"y: expected \[2\], got \[1\]"),
-        (images(1, 2, 4, 4), torch.tensor([3]), ValueError, "y: expected labels from 0 to 2.*got 3"),
+        (
+            images(1, 2, 4, 4),
+            torch.tensor([3]),
+            ValueError,
+            "y: expected labels from 0 to 2.*got 3",
+        ),
         (images(1, 2, 4, 4), torch.tensor([-2]), ValueError, "y: expected labels .*got -2"),
         (images(1, 2, 4, 4), torch.tensor([0.0]), TypeError, "y: expected integer labels"),
         (images(1, 2, 4, 4), [0], TypeError, "y: expected integer labels, got list"),

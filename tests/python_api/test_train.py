@@ -93,14 +93,34 @@ def test_resume_is_exact(digits, tmp_path, changes):
 def test_resume_with_other_settings_is_refused(digits, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     trainer(TINY, digits).save(path)
-    with pytest.raises(ValueError, match=r"lr: .*checkpoint.* was trained with 0.002, this run has"):
+    with pytest.raises(
+        ValueError, match=r"lr: .*checkpoint.* was trained with 0.002, this run has"
+    ):
         trainer(dataclasses.replace(TINY, lr=1e-3), digits).load(path)
     trainer(dataclasses.replace(TINY, log_every=7), digits).load(path)
+    save_tensors(path, build_model(TINY, digits).state_dict(), {})
     with pytest.raises(ValueError, match="is not a training checkpoint"):
-        model_file = tmp_path / "model.safetensors"
-        run_training(trainer(dataclasses.replace(TINY, steps=1), digits), tmp_path)
-        save_tensors(model_file, load_model(model_file).state_dict(), {})
-        trainer(TINY, digits).load(model_file)
+        trainer(TINY, digits).load(path)
+
+
+def test_an_interrupt_waits_for_the_step_and_saves(digits, tmp_path):
+    run = trainer(TINY, digits)
+    calm = trainer(TINY, digits)
+    for _ in range(4):
+        calm.step()
+
+    def on_gradient(gradient):
+        if run.step_count == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    run.model.blocks[0].pos_embed.register_hook(on_gradient)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(run, tmp_path)
+    resumed = trainer(TINY, digits)
+    resumed.load(tmp_path / "checkpoint.safetensors")
+    assert resumed.step_count == 4
+    assert_same(weights(resumed.model), weights(calm.model))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_bad_step_is_refused_and_ten_stop_the_run(digits, tmp_path):
