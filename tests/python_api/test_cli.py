@@ -105,7 +105,6 @@ def test_eval_reports_bits_and_accuracy(trained, capsys):
         (["sample", "/nowhere/model.safetensors"], "no such file: /nowhere/model.safetensors"),
         (["eval", "/nowhere/model.safetensors"], "no such file: /nowhere/model.safetensors"),
         (["doctor", "please"], "doctor: takes no options, got 'please'"),
-        (["demo", "--minutes", "0"], "minutes: expected a positive number"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
@@ -115,6 +114,17 @@ def test_errors_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith("flowops: ")
     assert message in lines[0]
+
+
+def test_options_that_do_not_parse(capsys):
+    for arguments, message in (
+        (["demo", "--minutes", "0"], "minutes: expected a positive number, got 0.0"),
+        (["train", "--lr", "fast"], "--lr"),
+        (["train", "--speed", "9"], "--speed"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_sample_errors_name_the_argument(trained, capsys):

@@ -1,0 +1,554 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowops import (
+    dispatch,
+    gram,
+    kernel_coupling,
+    kernel_coupling_inverse,
+    se_gram,
+    se_gram_matmul,
+)
+from helpers import assert_close, poison
+
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if all(dispatch.can_run(op, b)[0] for op in dispatch.ops() if "gram" in op or "coupling" in op)
+]
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+OPS = {
+    "se_gram": (se_gram, gram.se_gram_reference, "x z"),
+    "se_gram_matmul": (se_gram_matmul, gram.se_gram_matmul_reference, "x z w"),
+    "kernel_coupling": (kernel_coupling, gram.kernel_coupling_reference, "x half z w"),
+    "kernel_coupling_inverse": (
+        *(kernel_coupling_inverse, gram.kernel_coupling_inverse_reference),
+        "x half z w",
+    ),
+}
+
+by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_kernel = pytest.mark.parametrize("kernel", gram.KERNELS)
+by_op = pytest.mark.parametrize("op", OPS)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def profile_of(distance, kernel):
+    """k of a scaled distance: Rasmussen and Williams, equations 4.9 and 4.14 to 4.17."""
+    if kernel == "se":
+        return math.exp(-(distance**2) / 2)
+    if kernel == "matern12":
+        return math.exp(-distance)
+    if kernel == "matern32":
+        return (1 + math.sqrt(3) * distance) * math.exp(-math.sqrt(3) * distance)
+    root = math.sqrt(5) * distance
+    return (1 + root + root**2 / 3) * math.exp(-root)
+
+
+def gram_by_hand(x, z, lengthscale, kernel):
+    if not isinstance(lengthscale, torch.Tensor):
+        lengthscale = torch.tensor(lengthscale, dtype=torch.float64)
+    lengthscale = lengthscale.double().expand(x.shape[1])
+    return torch.tensor(
+        [
+            [
+                profile_of(
+                    math.sqrt(
+                        sum(
+                            ((a - b) / l) ** 2
+                            for a, b, l in zip(row, point, lengthscale.tolist(), strict=True)
+                        )
+                    ),
+                    kernel,
+                )
+                for point in z.tolist()
+            ]
+            for row in x.tolist()
+        ],
+        dtype=torch.float64,
+    )
+
+
+def inputs_of(op, N, M, D, O=2, dtype=torch.float64, vector=False, mean=0.0):
+    """The tensors of ``op`` and a lengthscale of the size of the distances.
+
+    The sums over points and outputs have terms of one sign (the half that moves is above the
+    shifts, the weights are positive), so that rounding is judged at the size of what is summed.
+    """
+    made = {
+        "x": torch.randn(N, D, dtype=torch.float64) + mean,
+        "z": torch.randn(M, D, dtype=torch.float64) + mean,
+        "half": torch.rand(N, O, dtype=torch.float64) + 2,
+        "w": torch.rand(M, 2 * O, dtype=torch.float64) * 2 / M,
+        "lengthscale": (torch.rand(D if vector else (), dtype=torch.float64) + 0.75) * D**0.5,
+    }
+    return [made[name].to(dtype) for name in (*OPS[op][2].split(), "lengthscale")]
+
+
+def as_tuple(out):
+    return out if isinstance(out, tuple) else (out,)
+
+
+def values_and_gradients(function, inputs, weights):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    poison(*inputs)
+    outs = as_tuple(function(*inputs))
+    loss = sum((out * w.to(out.dtype)).sum() for out, w in zip(outs, weights, strict=True))
+    poison(*inputs)
+    return (*outs, *torch.autograd.grad(loss, inputs))
+
+
+def weights_of(op, inputs, kernel):
+    outs = as_tuple(OPS[op][1](*inputs, kernel))
+    return [torch.rand(out.shape, dtype=torch.float64) + 0.1 for out in outs]
+
+
+def check_against_fp64(op, inputs, kernel, backend):
+    public, reference, _ = OPS[op]
+    weights = weights_of(op, inputs, kernel)
+    golden = values_and_gradients(
+        lambda *t: reference(*t, kernel), [t.double() for t in inputs], weights
+    )
+    plain = values_and_gradients(lambda *t: reference(*t, kernel), inputs, weights)
+    actual = values_and_gradients(
+        lambda *t: public(*t, kernel=kernel, backend=backend), inputs, weights
+    )
+    for i, (a, p, g) in enumerate(zip(actual, plain, golden, strict=True)):
+        what = f"{op} {kernel} output {i} of {[list(t.shape) for t in inputs]}"
+        assert a.dtype == p.dtype, what
+        if p.dtype == torch.float64:
+            # The golden is no wider here: it rounds as often as what it is compared with.
+            error, largest = (a - g).abs().max(), g.abs().max()
+            assert error <= 1e-13 + 1e-12 * largest, f"{what}: {error}, largest {largest}"
+        else:
+            assert_close(a, p, g, what)
+
+
+@by_backend
+@by_kernel
+def test_gram_is_the_formula(backend, kernel):
+    x, z = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    for lengthscale in (0.7, torch.tensor(1.3), torch.tensor([0.5, 1.0, 2.5])):
+        K = se_gram(x, z, lengthscale, kernel=kernel, backend=backend)
+        expected = gram_by_hand(x, z, lengthscale, kernel)
+        torch.testing.assert_close(K, expected, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("se", 0.1353352832366127),
+        ("matern12", 0.1353352832366127),
+        ("matern32", 0.1397313501923147),
+        ("matern52", 0.1386602191385286),
+    ],
+)
+def test_known_values_at_distance_two(kernel, expected):
+    """exp(-2), exp(-2), (1 + 2 sqrt 3) exp(-2 sqrt 3), (1 + 2 sqrt 5 + 20/3) exp(-2 sqrt 5)."""
+    x, z = torch.tensor([[6.0, 1.0]]).double(), torch.tensor([[0.0, 1.0]]).double()
+    assert se_gram(x, z, 3.0, kernel=kernel).item() == pytest.approx(expected, rel=1e-14)
+
+
+@by_backend
+@by_kernel
+def test_matmul_and_coupling_are_what_they_say(backend, kernel):
+    x1, x2, z, w, lengthscale = inputs_of("kernel_coupling", 6, 5, 3)
+    K = gram_by_hand(x1, z, lengthscale, kernel)
+    options = {"kernel": kernel, "backend": backend}
+    close = {"rtol": 1e-13, "atol": 1e-13}
+    torch.testing.assert_close(se_gram_matmul(x1, z, w, lengthscale, **options), K @ w, **close)
+    s, t = (K @ w)[:, :2], (K @ w)[:, 2:]
+    y2, logdet = kernel_coupling(x1, x2, z, w, lengthscale, **options)
+    torch.testing.assert_close(y2, torch.exp(s) * x2 + t, **close)
+    torch.testing.assert_close(logdet, s.sum(1), **close)
+    inverse = kernel_coupling_inverse(x1, x2, z, w, lengthscale, **options)
+    torch.testing.assert_close(inverse, (x2 - t) * torch.exp(-s), **close)
+
+
+@by_backend
+@by_kernel
+@by_dtype
+@pytest.mark.parametrize("mean", [0.0, 1.0, 100.0, 1e6])
+def test_a_point_equals_itself_exactly(backend, kernel, dtype, mean):
+    for D in (1, 3, 8, 9, 64):
+        x = (torch.randn(7, D, dtype=torch.float64) + mean).to(dtype)
+        lengthscale = (torch.rand(D, dtype=torch.float64) + 0.1).to(dtype)
+        for l in (0.3, lengthscale):
+            K = se_gram(x, x.clone(), l, kernel=kernel, backend=backend)
+            assert torch.equal(K.diagonal(), torch.ones(7, dtype=dtype))
+            assert (K <= 1).all()
+
+
+@by_backend
+@by_op
+@by_kernel
+@by_dtype
+def test_values_and_gradients_follow_the_fp64_reference(backend, op, kernel, dtype):
+    for (N, M, D), vector in itertools.product(
+        [(1, 1, 1), (17, 63, 2), (100, 10, 8), (63, 17, 9), (33, 150, 20)], (False, True)
+    ):
+        check_against_fp64(op, inputs_of(op, N, M, D, 3, dtype, vector), kernel, backend)
+
+
+@by_backend
+@settings(max_examples=80, deadline=None)
+@given(
+    op=st.sampled_from(list(OPS)),
+    kernel=st.sampled_from(gram.KERNELS),
+    N=st.integers(1, 20),
+    M=st.integers(1, 20),
+    D=st.integers(1, 24),
+    O=st.integers(1, 6),
+    vector=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(backend, op, kernel, N, M, D, O, vector, seed):
+    torch.manual_seed(seed)
+    check_against_fp64(
+        op, inputs_of(op, N, M, D, O, torch.float64, vector), kernel, backend=backend
+    )
+
+
+@by_backend
+@by_op
+@by_kernel
+@pytest.mark.parametrize("D", [1, 3, 8, 9, 40])
+def test_data_far_from_zero_are_as_accurate_as_centred_data(backend, op, kernel, D):
+    """On a grid on which 100 is added without rounding, so that both are the same problem."""
+    public = OPS[op][0]
+    names = OPS[op][2].split()
+    inputs = inputs_of(op, 40, 30, D)
+    for i, name in enumerate(names):
+        if name in ("x", "z"):
+            inputs[i] = torch.round(inputs[i] * 2**14) / 2**14
+    centred = [t.float() for t in inputs]
+    far = [t + 100 if n in ("x", "z") else t for n, t in zip(names, centred, strict=False)]
+    far.append(centred[-1])
+    assert all(
+        torch.equal(a - 100, b)
+        for n, a, b in zip(names, far, centred, strict=False)
+        if n in ("x", "z")
+    )
+    weights = weights_of(op, inputs, kernel)
+    runs = [
+        values_and_gradients(
+            lambda *t: public(*t, kernel=kernel, backend=backend), tensors, weights
+        )
+        for tensors in (far, centred, [t.double() for t in centred])
+    ]
+    for i, (actual, plain, golden) in enumerate(zip(*runs, strict=True)):
+        assert_close(actual, plain, golden, f"output {i}")
+
+
+@by_backend
+@by_op
+@by_kernel
+def test_strided_views(backend, op, kernel):
+    public = OPS[op][0]
+    inputs = inputs_of(op, 9, 7, 4, vector=True)
+    weights = weights_of(op, inputs, kernel)
+
+    def run(tensors):
+        return values_and_gradients(
+            lambda *t: public(*t, kernel=kernel, backend=backend), tensors, weights
+        )
+
+    expected = run(inputs)
+    nan = float("nan")
+    every_other = [
+        torch.stack([t, torch.full_like(t, nan)], dim=-1).flatten(-2)[..., ::2] for t in inputs
+    ]
+    transposed = [t.mT.contiguous().mT if t.ndim == 2 else t for t in inputs]
+    for views in (every_other, transposed):
+        assert not any(t.is_contiguous() for t in views[:-1])
+        for actual, e in zip(run(views), expected, strict=True):
+            torch.testing.assert_close(actual, e, rtol=1e-13, atol=1e-13)
+
+
+@by_op
+@by_kernel
+@pytest.mark.parametrize("limit", [1, 100, 3 * 7 * 4])
+def test_row_blocks_give_the_same_results(monkeypatch, op, kernel, limit):
+    public = OPS[op][0]
+    N, M, D = 10, 7, 4
+    inputs = inputs_of(op, N, M, D, vector=True)
+    weights = weights_of(op, inputs, kernel)
+    sizes = []
+    distance = gram._squared_distance
+
+    def counting(x, z, lengthscale):
+        sizes.append(x.shape[0] * z.shape[0] * z.shape[1])
+        return distance(x, z, lengthscale)
+
+    def run():
+        sizes.clear()
+        out = values_and_gradients(
+            lambda *t: public(*t, kernel=kernel, backend="reference"), inputs, weights
+        )
+        return out, max(sizes)
+
+    monkeypatch.setattr(gram, "_squared_distance", counting)
+    whole, largest = run()
+    assert largest == N * M * D
+    monkeypatch.setattr(gram, "_DIFFERENCES_AT_ONCE", limit)
+    blocks, largest = run()
+    assert largest <= max(limit, M * D)
+    for actual, expected in zip(blocks, whole, strict=True):
+        assert actual.is_contiguous()
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+@by_backend
+@by_kernel
+@by_dtype
+def test_inverse_undoes_coupling(backend, kernel, dtype):
+    x1, x2, z, w, lengthscale = inputs_of("kernel_coupling", 50, 17, 3, 4, dtype)
+    options = {"kernel": kernel, "backend": backend}
+    y2, _ = kernel_coupling(x1, x2, z, w, lengthscale, **options)
+    back = kernel_coupling_inverse(x1, y2, z, w, lengthscale, **options)
+    st = se_gram_matmul(*(t.double() for t in (x1, z, w, lengthscale)), kernel=kernel)
+    s, t = st.chunk(2, dim=1)
+    # y2 is rounded once, then divided by exp(s); s and t carry the rounding of a sum over M.
+    bound = torch.finfo(dtype).eps * (
+        4 * x2.double().abs() + (y2.double().abs() + 4 * t.abs() + 1) * torch.exp(-s)
+    )
+    assert ((back.double() - x2.double()).abs() <= bound).all()
+    assert (y2 - x2).abs().max() > 0.1
+
+
+@by_backend
+@by_kernel
+@pytest.mark.parametrize("D", [1, 3, 9])
+def test_logdet_is_that_of_the_jacobian(backend, kernel, D):
+    """Of the whole map (x1, x2) -> (x1, y2), in which y2 depends on both."""
+    N, E = 3, 4
+    x1, x2, z, w, lengthscale = inputs_of("kernel_coupling", N, 6, D, E, vector=True)
+    options = {"kernel": kernel, "backend": backend}
+    _, logdet = kernel_coupling(x1, x2, z, w, lengthscale, **options)
+    for n in range(N):
+
+        def couple(both):
+            kept, moved = both[None, :D], both[None, D:]
+            return torch.cat(
+                [kept, kernel_coupling(kept, moved, z, w, lengthscale, **options)[0]], 1
+            )[0]
+
+        jacobian = torch.autograd.functional.jacobian(couple, torch.cat([x1[n], x2[n]]))
+        assert jacobian[D:, :D].abs().max() > 1e-3
+        expected = torch.linalg.slogdet(jacobian).logabsdet
+        assert abs(expected) > 1e-3
+        assert abs(expected - logdet[n]) < 1e-10
+
+
+@by_backend
+@by_op
+@by_kernel
+def test_gradient_of_a_scalar_lengthscale_is_the_sum_of_a_vectors(backend, op, kernel):
+    public = OPS[op][0]
+    *tensors, scalar = inputs_of(op, 8, 6, 5)
+    weights = weights_of(op, [*tensors, scalar], kernel)
+    gradients, lengthscales = [], (scalar, scalar.expand(5).clone())
+    for lengthscale in lengthscales:
+        lengthscale.requires_grad_()
+        outs = as_tuple(public(*tensors, lengthscale, kernel=kernel, backend=backend))
+        loss = sum((out * w).sum() for out, w in zip(outs, weights, strict=True))
+        gradients.append(torch.autograd.grad(loss, lengthscale)[0])
+    assert gradients[0].shape == ()
+    assert gradients[1].shape == (5,)
+    assert gradients[0].abs() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1].sum(), rtol=1e-12, atol=1e-12)
+    step = 1e-5
+    with torch.no_grad():
+        ends = [
+            sum(
+                (out * w).sum()
+                for out, w in zip(
+                    as_tuple(public(*tensors, scalar + d, kernel=kernel, backend=backend)),
+                    weights,
+                    strict=True,
+                )
+            )
+            for d in (step, -step)
+        ]
+    torch.testing.assert_close(gradients[0], (ends[0] - ends[1]) / (2 * step), rtol=1e-7, atol=1e-7)
+
+
+@by_backend
+def test_a_number_is_a_scalar_lengthscale(backend):
+    x, z, _ = inputs_of("se_gram", 5, 4, 3)
+    for number in (2, 2.0):
+        K = se_gram(x, z, number, backend=backend)
+        assert torch.equal(K, se_gram(x, z, torch.tensor(2.0).double(), backend=backend))
+    narrow = se_gram(x.bfloat16(), z.bfloat16(), 1.3, backend=backend)
+    wide = torch.tensor(1.3, dtype=torch.float64)
+    golden = se_gram(x.bfloat16().double(), z.bfloat16().double(), wide, backend=backend)
+    assert torch.equal(narrow, golden.bfloat16())
+
+
+#: d^2 k / d(x - z)^2 at 0 for lengthscale 1; Matern 1/2 has a kink, where 0 is taken.
+CURVATURE = {"se": -1.0, "matern12": 0.0, "matern32": -3.0, "matern52": -5 / 3}
+
+
+@by_backend
+@by_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_coincident_points_have_finite_derivatives(backend, kernel, dtype, mean):
+    lengthscale = torch.tensor([0.5, 2.0, 1.0], dtype=dtype, requires_grad=True)
+    x = (torch.randn(1, 3) + mean).to(dtype).requires_grad_()
+    z = x.detach().clone().requires_grad_()
+    K = se_gram(x, z, lengthscale, kernel=kernel, backend=backend)
+    assert K.item() == 1
+    grads = torch.autograd.grad(K.sum(), (x, z, lengthscale), create_graph=True)
+    for grad in grads:
+        assert torch.equal(grad, torch.zeros_like(grad))
+    curvature = CURVATURE[kernel] / lengthscale.detach().square()
+    for i in range(3):
+        second = torch.autograd.grad(grads[0][0, i], (x, z, lengthscale), retain_graph=True)
+        expected = torch.zeros(1, 3, dtype=dtype)
+        expected[0, i] = curvature[i]
+        torch.testing.assert_close(second[0], expected)
+        torch.testing.assert_close(second[1], -expected)
+        assert torch.equal(second[2], torch.zeros(3, dtype=dtype))
+
+
+@by_backend
+@by_op
+@by_kernel
+def test_coincident_points_among_others(backend, op, kernel):
+    inputs = inputs_of(op, 6, 5, 3, 2, torch.float32)
+    names = OPS[op][2].split()
+    points = inputs[names.index("z")]
+    inputs[names.index("x")][:4] = points[:4]
+    leaves = [t.requires_grad_() for t in inputs]
+    outs = as_tuple(OPS[op][0](*leaves, kernel=kernel, backend=backend))
+    grads = torch.autograd.grad(sum(o.square().sum() for o in outs), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+    assert all(t.isfinite().all() for t in (*outs, *grads, *second))
+    assert all(t.abs().max() > 0 for t in (*grads, *second))
+
+
+@by_backend
+@by_kernel
+def test_points_far_apart_and_lengthscales_at_the_ends(backend, kernel):
+    x, z = torch.tensor([[0.0], [1e30]]), torch.tensor([[0.0], [-1e30]])
+    for lengthscale in (1e-3, 1.0, 1e3):
+        leaf = torch.tensor(lengthscale, requires_grad=True)
+        K = se_gram(x.requires_grad_(), z, leaf, kernel=kernel, backend=backend)
+        assert torch.equal(K.detach(), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+
+
+def test_tf32_is_accepted_and_changes_nothing_on_the_cpu():
+    x, z, lengthscale = inputs_of("se_gram", 5, 4, 3, dtype=torch.float32)
+    assert torch.equal(se_gram(x, z, lengthscale, precision="tf32"), se_gram(x, z, lengthscale))
+
+
+def ones(*shape, dtype=torch.float32, device="cpu"):
+    return torch.ones(*shape, dtype=dtype, device=device)
+
+
+GOOD = {
+    "x": ones(5, 3),
+    "x1": ones(5, 3),
+    "x2": ones(5, 2),
+    "y2": ones(5, 2),
+    "z": ones(4, 3),
+    "w": ones(4, 4),
+    "lengthscale": ones(()),
+}
+ARGUMENTS = {
+    "se_gram": ("x", "z", "lengthscale"),
+    "se_gram_matmul": ("x", "z", "w", "lengthscale"),
+    "kernel_coupling": ("x1", "x2", "z", "w", "lengthscale"),
+    "kernel_coupling_inverse": ("x1", "y2", "z", "w", "lengthscale"),
+}
+META = ones(4, 3, device="meta")
+BAD_OF_ALL = [
+    ({"z": None}, TypeError, "z: expected a torch.Tensor, got NoneType"),
+    ({"z": ones(4, 3).int()}, TypeError, "z: expected a floating dtype, got torch.int32"),
+    ({"z": ones(3)}, ValueError, r"z: expected a non-empty \[rows, D\], got \[3\]"),
+    ({"z": ones(0, 3)}, ValueError, r"z: expected a non-empty \[rows, D\], got \[0, 3\]"),
+    ({"z": ones(4, 2)}, ValueError, r"z: expected \[M, 3\] like {x}, got \[4, 2\]"),
+    ({"z": META}, ValueError, "z: expected a tensor on cpu like {x}, got one on meta"),
+    ({"lengthscale": 0.0}, ValueError, r"lengthscale: expected positive values, got 0.0"),
+    ({"lengthscale": -1}, ValueError, r"lengthscale: expected positive values, got -1.0"),
+    ({"lengthscale": float("nan")}, ValueError, "lengthscale: expected positive values, got nan"),
+    (
+        *({"lengthscale": torch.tensor([1.0, 0.0, 1.0])}, ValueError),
+        r"lengthscale: expected positive values, got \[1.0, 0.0, 1.0\]",
+    ),
+    ({"lengthscale": ones(2)}, ValueError, r"lengthscale: expected a scalar or \[3\], got \[2\]"),
+    ({"lengthscale": ones(1)}, ValueError, r"lengthscale: expected a scalar or \[3\], got \[1\]"),
+    ({"lengthscale": ones(1, 3)}, ValueError, r"lengthscale: expected a scalar or \[3\], got"),
+    ({"lengthscale": ones(()).int()}, TypeError, "lengthscale: expected a floating dtype"),
+    ({"lengthscale": None}, (TypeError, ValueError), "lengthscale: expected"),
+    ({"lengthscale": "1"}, (TypeError, ValueError), "lengthscale: expected"),
+    ({"kernel": "rbf"}, ValueError, r"kernel: expected one of \('se', .* got 'rbf'"),
+    ({"kernel": None}, ValueError, r"kernel: expected one of \('se', .* got None"),
+    ({"precision": "bf16"}, ValueError, r"precision: expected one of \('fp32', .* got 'bf16'"),
+    ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of .* got 'gpu'"),
+    ({"backend": "triton"}, RuntimeError, "backend 'triton' can't run {op}: "),
+    ({"backend": "cuda"}, RuntimeError, "backend 'cuda' can't run {op}: "),
+    ({"{x}": [[1.0]]}, TypeError, "{x}: expected a torch.Tensor, got list"),
+    ({"{x}": ones(5, 3).long()}, TypeError, "{x}: expected a floating dtype, got torch.int64"),
+    ({"{x}": ones(5, 3, 1)}, ValueError, r"{x}: expected a non-empty \[rows, D\], got"),
+    ({"{x}": ones(0, 3)}, ValueError, r"{x}: expected a non-empty \[rows, D\], got \[0, 3\]"),
+    ({"{x}": ones(5, 0)}, ValueError, r"{x}: expected a non-empty \[rows, D\], got \[5, 0\]"),
+]
+BAD_OF_SOME = [
+    ({"w": None}, TypeError, "w: expected a torch.Tensor, got NoneType"),
+    ({"w": ones(4, 4).int()}, TypeError, "w: expected a floating dtype"),
+    ({"w": ones(4)}, ValueError, r"w: expected \[4, .*\] for z of \[4, 3\], got \[4\]"),
+    ({"w": ones(3, 4)}, ValueError, r"w: expected \[4, .*\] for z of \[4, 3\], got \[3, 4\]"),
+    ({"w": ones(4, 0)}, ValueError, r"w: expected \[4, .*\] for z of \[4, 3\], got \[4, 0\]"),
+    ({"{x2}": None}, TypeError, "{x2}: expected a torch.Tensor, got NoneType"),
+    ({"{x2}": ones(5, 2).int()}, TypeError, "{x2}: expected a floating dtype"),
+    ({"{x2}": ones(5)}, ValueError, r"{x2}: expected \[5, E\], got \[5\]"),
+    ({"{x2}": ones(4, 2)}, ValueError, r"{x2}: expected \[5, E\], got \[4, 2\]"),
+    ({"{x2}": ones(5, 0)}, ValueError, r"{x2}: expected \[5, E\], got \[5, 0\]"),
+    ({"{x2}": ones(5, 3)}, ValueError, r"w: expected \[4, 6\] for z of \[4, 3\], got \[4, 4\]"),
+]
+BAD_CASES = [
+    pytest.param(op, change, error, match, id=f"{op}-{i}")
+    for op, names in ARGUMENTS.items()
+    for i, (change, error, match) in enumerate(BAD_OF_ALL + BAD_OF_SOME)
+    if (name := next(iter(change)).strip("{}")) not in ("w", "x2")
+    or (name == "w" and "w" in names)
+    or (name == "x2" and len(names) == 5)
+]
+
+
+@pytest.mark.parametrize(("op", "change", "error", "match"), BAD_CASES)
+def test_bad_inputs_are_named(op, change, error, match):
+    names = ARGUMENTS[op]
+    filled = {"op": op, "x": names[0], "x2": names[1]}
+
+    def fill(text):
+        for key, value in filled.items():
+            text = text.replace("{" + key + "}", value)
+        return text
+
+    arguments = {name: GOOD[name] for name in names}
+    arguments.update({fill(name): value for name, value in change.items()})
+    with pytest.raises(error, match="^" + fill(match)):
+        OPS[op][0](**arguments)
+
+
+@pytest.mark.parametrize("op", ["kernel_coupling", "kernel_coupling_inverse"])
+def test_weights_must_fit_the_half_that_moves(op):
+    arguments = {name: GOOD[name] for name in ARGUMENTS[op]}
+    with pytest.raises(ValueError, match=r"^w: expected \[4, 4\] for z of \[4, 3\], got \[4, 2\]"):
+        OPS[op][0](**{**arguments, "w": ones(4, 2)})
