@@ -23,7 +23,7 @@ from flowops.noise import noise_reference
 from flowops.padding import pad_noise_reference
 
 from .tarflow import compare_sampling, compare_training
-from .timing import environment, gate, interleave
+from .timing import Timing, environment, gate, interleave
 
 README_BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
@@ -183,35 +183,37 @@ def bench_tarflow(seconds: float) -> Iterator[Row]:
 
 
 def bench_threads(seconds: float) -> Iterator[Row]:
-    """A loop that alternates torch and flowops against the sum of each alone: 1.0 means that
-    neither waits for the threads of the other."""
-    a = torch.randn(512, 512)
-    x, params = torch.randn(32, 256, 48), 0.3 * torch.randn(32, 256, 96)
+    """Loops that alternate a torch product with an affine step, against the two loops alone, summed:
+    once with flowops' affine step and once with torch's own operators. Equal ratios mean that our
+    threads and torch's do not fight; what both lose to 1.0 is the caches'."""
+    a = torch.randn(256, 256)
+    x, params = torch.randn(16, 64, 48), 0.3 * torch.randn(16, 64, 96)
 
-    def by_torch():
-        for _ in range(20):
-            torch.mm(a, a)
+    def loop(*calls: Callable) -> Callable:
+        def run():
+            for _ in range(20):
+                for call in calls:
+                    call()
 
-    def by_flowops():
-        for _ in range(20):
-            flowops.affine_update(x, params)
+        return run
 
-    def alternating():
-        for _ in range(20):
-            torch.mm(a, a)
-            flowops.affine_update(x, params)
+    def product():
+        torch.mm(a, a)
 
-    timings = interleave(
-        {"torch": by_torch, "flowops": by_flowops, "alternating": alternating}, 2 * seconds
-    )
-    both = timings["torch"], timings["flowops"]
-    total = type(both[0])(
-        *(getattr(both[0], f) + getattr(both[1], f) for f in ("p20", "median", "p80"))
-    )
-    yield row(
-        *("threads", "20 x (torch.mm, affine_update), alternating", "512; 32x256x48", "fp32"),
-        *("each alone, summed", timings["alternating"], total, 0.0),
-    )
+    steps = {
+        "affine_update": lambda: flowops.affine_update(x, params),
+        "eager affine": lambda: eager_affine(x, params),
+    }
+    alone = {"mm": loop(product)} | {name: loop(step) for name, step in steps.items()}
+    mixed = {f"mm, {name}": loop(product, step) for name, step in steps.items()}
+    timings = interleave(alone | mixed, 4 * seconds)
+    for name in steps:
+        parts = timings["mm"], timings[name]
+        summed = Timing(*(sum(getattr(t, q) for t in parts) for q in ("p20", "median", "p80")))
+        yield row(
+            *("threads", f"torch.mm and {name} in turns, 20x", "256x256; 16x64x48", "fp32"),
+            *("each alone, summed", timings[f"mm, {name}"], summed, 0.0),
+        )
 
 
 BENCHES: dict[str, Callable[[float], Iterator[Row]]] = {
@@ -247,7 +249,7 @@ def markdown(rows: list[Row], env: dict) -> str:
         f"{_time(r.baseline_ms)} | {r.speedup:.2f}x |"
         for r in rows
     ]
-    where = f"{env['device']}, {env['cores']} threads, torch {env['torch']}, {env['isa']}"
+    where = f"{env['device']}, torch {env['torch']}, {env['isa']}"
     return "\n".join([*lines, "", f"Medians of one interleaved run; {where}."]) + "\n"
 
 
@@ -312,7 +314,7 @@ def main(argv: list[str]) -> None:
     if unknown:
         raise ValueError(f"only: expected some of {', '.join(BENCHES)}, got {min(unknown)!r}")
     env = environment()
-    console = Console()
+    console = Console(width=150)
     rows = []
     for name in args.only or BENCHES:
         with console.status(f"timing {name}"):

@@ -40,8 +40,8 @@ def without_compiler(tmp_path_factory):
 def test_without_a_compiler_it_installs_and_says_so_in_one_line(without_compiler):
     result, _, names = without_compiler
     assert result.returncode == 0
-    said = [line for line in result.stderr.splitlines() + result.stdout.splitlines()]
-    said = [line.strip() for line in said if "installed without native CPU kernels" in line]
+    lines = result.stderr.splitlines() + result.stdout.splitlines()
+    said = [line.strip() for line in lines if "installed without native CPU kernels" in line]
     assert said == ["flowops: installed without native CPU kernels: no C++ compiler was found"]
     assert not any("_C." in name for name in names)
 

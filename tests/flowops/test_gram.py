@@ -82,19 +82,22 @@ def gram_by_hand(x, z, lengthscale, kernel):
     )
 
 
-def inputs_of(op, N, M, D, O=2, dtype=torch.float64, vector=False, mean=0.0):
+def inputs_of(op, N, M, D, O=2, dtype=torch.float64, vector=False, apart=False):
     """The tensors of ``op`` and a lengthscale of the size of the distances.
 
-    The sums over points and outputs have terms of one sign (the half that moves is above the
-    shifts, the weights are positive), so that rounding is judged at the size of what is summed.
+    The sums over outputs have terms of one sign (the half that moves is above the shifts, weights
+    are positive), and if x and z are ``apart`` so have those over points: their rounding can then
+    be judged at the size of the result.
     """
     made = {
-        "x": torch.randn(N, D, dtype=torch.float64) + mean,
-        "z": torch.randn(M, D, dtype=torch.float64) + mean,
+        "x": torch.randn(N, D, dtype=torch.float64),
+        "z": torch.randn(M, D, dtype=torch.float64),
         "half": torch.rand(N, O, dtype=torch.float64) + 2,
         "w": torch.rand(M, 2 * O, dtype=torch.float64) * 2 / M,
         "lengthscale": (torch.rand(D if vector else (), dtype=torch.float64) + 0.75) * D**0.5,
     }
+    if apart:
+        made["x"], made["z"] = made["x"].abs(), -made["z"].abs()
     return [made[name].to(dtype) for name in (*OPS[op][2].split(), "lengthscale")]
 
 
@@ -200,7 +203,16 @@ def test_values_and_gradients_follow_the_fp64_reference(backend, op, kernel, dty
     for (N, M, D), vector in itertools.product(
         [(1, 1, 1), (17, 63, 2), (100, 10, 8), (63, 17, 9), (33, 150, 20)], (False, True)
     ):
-        check_against_fp64(op, inputs_of(op, N, M, D, 3, dtype, vector), kernel, backend)
+        for apart in (True, False) if dtype == torch.float64 else (True,):
+            inputs = inputs_of(op, N, M, D, 3, dtype, vector, apart)
+            check_against_fp64(op, inputs, kernel, backend)
+
+
+@by_backend
+@pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
+def test_gradients_summed_over_many_rows(backend, vector):
+    inputs = inputs_of("se_gram_matmul", 4000, 100, 3, 2, torch.float32, vector, apart=True)
+    check_against_fp64("se_gram_matmul", inputs, "se", backend)
 
 
 @by_backend

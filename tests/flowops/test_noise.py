@@ -51,9 +51,11 @@ def running(engine):
         native.set_isa(before)
 
 
-@pytest.fixture
-def _restore_threads():
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors; one test compares thread counts."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -170,7 +172,6 @@ def test_large_matrices_give_the_bits_of_the_reference(kind, shape):
 
 @by_isa
 @by_kind
-@pytest.mark.usefixtures("_restore_threads")
 def test_thread_count_does_not_change_a_bit(isa, kind):
     rng = torch.tensor([3, 4])
     results = []

@@ -37,9 +37,11 @@ def running(engine):
         native.set_isa(before)
 
 
-@pytest.fixture
-def _restore_threads():
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors; one test compares thread counts."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -120,7 +122,6 @@ def test_rows_that_need_several_blocks_of_counters(isa, dtype, data_scale):
 
 
 @by_isa
-@pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("data_scale", [0.0, 0.25])
 def test_thread_count_does_not_change_a_bit(isa, data_scale):
     x = torch.randn(1111, 50)
