@@ -183,7 +183,7 @@ def bench_tarflow(seconds: float) -> Iterator[Row]:
 
 
 def bench_threads(seconds: float) -> Iterator[Row]:
-    """Loops that alternate a torch product with an affine step, against the two loops alone, summed:
+    """Loops that alternate a torch product with an affine step, against both loops alone, summed:
     once with flowops' affine step and once with torch's own operators. Equal ratios mean that our
     threads and torch's do not fight; what both lose to 1.0 is the caches'."""
     a = torch.randn(256, 256)
