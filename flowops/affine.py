@@ -135,11 +135,15 @@ dispatch.implement("affine_inverse_backward", "reference")(
 )
 
 
-def _cpu_supports(*args) -> str | None:
-    x, params = args[-3:-1]
+def cpu_reason(x: Tensor, params: Tensor) -> str | None:
+    """Why the native kernels can't take these storage types, or None."""
     if x.dtype != params.dtype and (x.dtype, params.dtype) != (torch.float32, torch.bfloat16):
         return f"no native CPU kernel for x in {x.dtype} with params in {params.dtype}"
     return dispatch.cpu_dtype_reason(x, params)
+
+
+def _cpu_supports(*args) -> str | None:
+    return cpu_reason(*args[-3:-1])
 
 
 def _native_args(x: Tensor, params: Tensor, reverse: bool) -> tuple:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .affine import affine_update_backward_reference, affine_update_reference
+from .affine import affine_update_backward_reference, affine_update_reference, cpu_reason
 
 # --- reference -----------------------------------------------------------------------------------
 
@@ -143,7 +143,9 @@ def _(*args):
     return tuple(g.contiguous() for g in causal_attention_backward_reference(*args))
 
 
-def _has_sdpa(q, *_) -> str | None:
+def _has_sdpa(scale: float) -> str | None:
+    if scale <= 0:
+        return "PyTorch's flash attention needs a positive scale"
     if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return "this PyTorch has no flash attention for the CPU"
     return None
@@ -163,7 +165,7 @@ def _dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(3) == 1 else t.contiguous() for t in tensors)
 
 
-@dispatch.implement("causal_attention", "cpu", _has_sdpa)
+@dispatch.implement("causal_attention", "cpu", lambda *args: _has_sdpa(args[-1]))
 def _(q, k, v, scale):
     q, k, v = _dense_rows(q, k, v)
     causal, mask = _cpu_masking(q, k)
@@ -176,7 +178,7 @@ def _(q, k, v, scale):
     return o.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-@dispatch.implement("causal_attention_backward", "cpu", lambda grad_o, q, *_: _has_sdpa(q))
+@dispatch.implement("causal_attention_backward", "cpu", lambda *args: _has_sdpa(args[-1]))
 def _(grad_o, q, k, v, o, lse, scale):
     # torch's backward in half precision is several times slower than its own in fp32.
     dtype = q.dtype
@@ -193,22 +195,23 @@ def _(grad_o, q, k, v, o, lse, scale):
 
 def _composed(backend: str) -> None:
     """``causal_patch_attention`` as a chain of this backend's ops."""
-    affine = "reference" if backend == "reference" else "auto"  # any storage x may have
 
-    @dispatch.implement("causal_patch_attention", backend, _has_sdpa if backend == "cpu" else None)
+    def supports(first: int):
+        """``first``: where q stands among the arguments."""
+        if backend == "reference":
+            return None
+        return lambda *args: _has_sdpa(args[-1]) or cpu_reason(args[first + 5], args[first + 3])
+
+    @dispatch.implement("causal_patch_attention", backend, supports(0))
     def _(q, k, v, weight, bias, x, reverse, scale):
         o, lse = torch.ops.flowops.causal_attention(q, k, v, scale, backend)
-        z, logdet = torch.ops.flowops.affine_update(x, _params(o, weight, bias), reverse, affine)
+        z, logdet = torch.ops.flowops.affine_update(x, _params(o, weight, bias), reverse, backend)
         return z, logdet, o, lse
 
-    @dispatch.implement(
-        "causal_patch_attention_backward",
-        backend,
-        (lambda grad_z, grad_logdet, q, *_: _has_sdpa(q)) if backend == "cpu" else None,
-    )
+    @dispatch.implement("causal_patch_attention_backward", backend, supports(2))
     def _(grad_z, grad_logdet, q, k, v, weight, bias, x, o, lse, reverse, scale):
         grad_x, grad_params = torch.ops.flowops.affine_update_backward(
-            grad_z, grad_logdet, x, _params(o, weight, bias), reverse, affine
+            grad_z, grad_logdet, x, _params(o, weight, bias), reverse, backend
         )
         grad_o = (grad_params @ weight).view(o.shape)
         grad_weight = grad_params.flatten(0, 1).mT @ o.flatten(2).flatten(0, 1)
@@ -310,6 +313,7 @@ def causal_attention(
     Source: arXiv 1706.03762, eq. 1.
     """
     dispatch.check_backend(backend)
+    dispatch.check_floating(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
     scale = _check_attention(q, k, v, scale)
     return CausalAttentionFunction.apply(q, k, v, scale, backend)
@@ -347,9 +351,9 @@ def causal_patch_attention(
     Source: arXiv 2412.06329, section 2.2.
     """
     dispatch.check_backend(backend)
+    dispatch.check_floating(q=q, k=k, v=v, weight=weight, bias=bias, x=x)
     q, k, v, weight, bias = _autocast(q, k, v, weight, bias)
     scale = _check_attention(q, k, v, scale)
-    dispatch.check_floating(q=q, weight=weight, bias=bias, x=x)
     B, T, H, D = q.shape
     if k.shape[1] != T:
         raise ValueError(f"k: expected as many tokens as q ({T}), got {k.shape[1]}")
@@ -369,15 +373,14 @@ def causal_patch_attention(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
-    dispatch.check_floating(q=q, k=k, v=v)
     if q.ndim != 4 or 0 in q.shape:
         raise ValueError(f"q: expected a non-empty [B, T, H, D], got {list(q.shape)}")
     B, T, H, D = q.shape
@@ -392,4 +395,8 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> fl
             raise ValueError(f"v: expected the shape of k, {list(k.shape)}, got {list(shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected {q.dtype} like q, got {tensor.dtype}")
-    return 1.0 / math.sqrt(D) if scale is None else float(scale)
+    if scale is None:
+        return 1.0 / math.sqrt(D)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    return float(scale)

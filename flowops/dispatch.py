@@ -11,16 +11,19 @@ import functools
 import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 #: op name -> backend -> (function, supports); ``supports(*args)`` returns a reason not to, or None.
 _IMPLEMENTATIONS: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
+
+_FLOPS: dict[str, Callable] = {}
+_FLOP_COUNTER = "torch.utils.flop_counter"
 
 #: Storage types of the native CPU kernels and their codes in csrc/cpu/kernels.h.
 NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -50,15 +53,45 @@ def define_op(schema: str, flops: Callable | None = None):
     torch.library.define(name, f"({arguments}, str backend) ->{returns}")
     torch.library.impl(name, "default", lambda *args: run(op, args[-1], *args[:-1]))
     if flops is not None:
-        register_flop_formula(getattr(torch.ops.flowops, op))(
-            lambda *args, out_shape=None, **kwargs: flops(*args[:-1])
-        )
+        _FLOPS[op] = flops
+        if _FLOP_COUNTER in sys.modules:
+            _register_flops(sys.modules[_FLOP_COUNTER], op)
 
     def register(fake):
         torch.library.register_fake(name, lambda *args: fake(*args[:-1]))
         return fake
 
     return register
+
+
+class _FlopCounterHook:
+    """Registers the formulas when somebody imports torch's flop counter. That module imports
+    Triton, which ``import flowops`` must not."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            _register_flops(module, *_FLOPS)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _FLOP_COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _FlopCounterHook())
+
+
+def _register_flops(counter: ModuleType, *names: str) -> None:
+    for name in names:
+        counter.register_flop_formula(getattr(torch.ops.flowops, name))(
+            lambda *args, out_shape=None, flops=_FLOPS[name], **kwargs: flops(*args[:-1])
+        )
 
 
 def ops() -> list[str]:

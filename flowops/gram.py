@@ -123,7 +123,7 @@ def _profile(S: Tensor, kernel: str) -> Tensor:
         return torch.exp(-r)
     if kernel == "matern32":
         return (1 + math.sqrt(3) * r) * torch.exp(-math.sqrt(3) * r)
-    return (1 + math.sqrt(5) * r + 5 / 3 * S) * torch.exp(-math.sqrt(5) * r)
+    return (1 + math.sqrt(5) * r + 5 / 3 * r * r) * torch.exp(-math.sqrt(5) * r)
 
 
 def _slope(S: Tensor, kernel: str) -> Tensor:
@@ -139,7 +139,9 @@ def _slope(S: Tensor, kernel: str) -> Tensor:
 
 
 def _root(S: Tensor) -> Tensor:
-    """sqrt whose derivatives at 0 are 0 instead of infinite."""
+    """sqrt whose derivatives at 0 are 0 instead of infinite. Capped where every kernel is 0 long
+    since, so that points infinitely far apart give 0 and not inf * 0."""
+    S = S.clamp(max=1e12)
     return torch.where(S > 0, torch.where(S > 0, S, 1).sqrt(), 0)
 
 
@@ -265,13 +267,17 @@ _DIFFERENCES_AT_ONCE = 1 << 22  # elements of [n, M, D] that the reference holds
 def _by_rows(op: str, function, rowwise: int, row_outputs: int | None = None) -> None:
     """The reference of ``op`` in blocks of rows, so that no [N, M, D] is stored.
 
-    The first ``rowwise`` arguments are cut. Of the outputs the first ``row_outputs`` (None: all)
-    are concatenated; the others are summed over the blocks, in double.
+    The first ``rowwise`` arguments are cut and the outputs concatenated. For a backward pass only
+    the first ``row_outputs`` are; the others are summed over the blocks. It runs in double, since
+    sums over many rows in fp32 would owe more to their order than to their terms.
     """
 
     @dispatch.implement(op, "reference")
     def _(*args):
-        rows, shared, kernel = args[:rowwise], args[rowwise:-2], args[-2]
+        *tensors, kernel, _ = args
+        if row_outputs is not None:
+            tensors = [t.double() for t in tensors]
+        rows, shared = tensors[:rowwise], tensors[rowwise:]
         N, (M, D) = rows[0].shape[0], shared[0].shape
         step = max(1, _DIFFERENCES_AT_ONCE // (M * D))
         blocks = [
@@ -280,9 +286,12 @@ def _by_rows(op: str, function, rowwise: int, row_outputs: int | None = None) ->
         if isinstance(blocks[0], Tensor):
             return torch.cat(blocks)
         parts = list(zip(*blocks, strict=True))
-        cut = len(parts) if row_outputs is None else row_outputs
-        summed = (torch.stack(p).double().sum(0).to(p[0].dtype) for p in parts[cut:])
-        return (*(torch.cat(p) for p in parts[:cut]), *summed)
+        if row_outputs is None:
+            return tuple(torch.cat(p) for p in parts)
+        grads = [torch.cat(p) for p in parts[:row_outputs]]
+        grads += [torch.stack(p).sum(0) for p in parts[row_outputs:]]
+        inputs = args[-2 - len(grads) : -2]
+        return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
 
 _by_rows("se_gram", se_gram_reference, 1)
@@ -480,6 +489,10 @@ def _check(name, x, z, lengthscale, kernel, precision, backend) -> Tensor:
     if z.shape[1] != x.shape[1]:
         raise ValueError(f"z: expected [M, {x.shape[1]}] like {name}, got {list(z.shape)}")
     if not isinstance(lengthscale, Tensor):
+        if not isinstance(lengthscale, int | float):
+            raise TypeError(
+                f"lengthscale: expected a number or a tensor, got {type(lengthscale).__name__}"
+            )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         lengthscale = torch.tensor(lengthscale, dtype=dtype, device=x.device)
     dispatch.check_floating(**{name: x, "lengthscale": lengthscale})

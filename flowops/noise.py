@@ -133,10 +133,11 @@ dispatch.implement("noise", "reference")(noise_reference)
 
 @dispatch.implement("noise", "cpu")
 def _(rng, rows, width, kind):
+    rng = rng.contiguous()
     out = rng.new_empty((rows, width), dtype=torch.int64 if kind == "words" else torch.float32)
     dispatch.native().noise(
         _KINDS.index(kind),
-        rng.contiguous().data_ptr(),
+        rng.data_ptr(),
         *(rows, width, out.data_ptr(), torch.get_num_threads()),
     )
     return out
@@ -232,11 +233,12 @@ def noise_normal(
 
 def _noise(kind, shape, rng, device, backend) -> Tensor:
     dispatch.check_backend(backend)
-    shape = list(shape)
-    if not shape or any(size < 1 for size in shape):
-        raise ValueError(f"shape: expected at least one dimension, all positive, got {shape}")
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"shape: expected a sequence of integers, got {shape!r}")
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape: expected at least one dimension, all positive, got {list(shape)}")
     if device is None:
-        device = rng.device if rng is not None else "cpu"
+        device = rng.device if isinstance(rng, Tensor | torch.Generator) else "cpu"
     state = make_rng(rng, device)
     rows = math.prod(shape[:-1])
     return torch.ops.flowops.noise(state, rows, shape[-1], kind, backend).view(shape)

@@ -48,11 +48,11 @@ def _cpu_supports(x, *_) -> str | None:
 
 @dispatch.implement("pad_noise", "cpu", _cpu_supports)
 def _(x, rng, pad, pad_scale, data_scale):
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x, rng = x if x.stride(1) == 1 else x.contiguous(), rng.contiguous()
     N, D = x.shape
     out = x.new_empty((N, D + pad))
     dispatch.native().pad_noise(
-        *(dispatch.NATIVE_DTYPES[x.dtype], rng.contiguous().data_ptr(), N, D, pad),
+        *(dispatch.NATIVE_DTYPES[x.dtype], rng.data_ptr(), N, D, pad),
         *(x.data_ptr(), x.stride(0), out.data_ptr()),
         *(pad_scale.item(), data_scale.item(), torch.get_num_threads()),
     )
@@ -137,6 +137,6 @@ def _as_scale(name: str, scale: float | Tensor) -> Tensor:
                 f"{list(scale.shape)}"
             )
         return scale
-    if not 0 <= scale < float("inf"):
+    if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
         raise ValueError(f"{name}: expected a finite number, at least 0, got {scale!r}")
     return torch.tensor(scale, dtype=torch.float64)

@@ -8,18 +8,41 @@
 namespace flowops::FLOWOPS_ISA {
 namespace {
 
+// Compensated (Kahan) sums, one a lane: long sums of like terms stay as good as short ones.
+template <class A>
+struct LaneSums {
+    A sum[16] = {}, excess[16] = {};
+
+    template <int N>
+    void subtract(vec<A, N> value) {
+        const auto old = load_raw<N>(sum);
+        const auto term = -value - load_raw<N>(excess);
+        const auto next = old + term;
+        const vec<A, N> none = {};
+        // Next to an infinity there is nothing to compensate; inf - inf would make it a NaN.
+        store_raw<N>(excess, next - next == none ? (next - old) - term : none);
+        store_raw<N>(sum, next);
+    }
+
+    double total() const {
+        double total = 0;
+        for (int i = 0; i < 16; ++i) total += double(sum[i]) - double(excess[i]);
+        return total;
+    }
+};
+
 // One token of each direction; all pointers are to C contiguous elements. `a` is null where the
-// update preserves volume. `lanes` collects the log-determinant.
+// update preserves volume.
 template <class X, class P, class A>
-inline void update_token(const X *x, const P *a, const P *b, X *z, int64_t C, A (&lanes)[16]) {
-    for_spans<A>(C, [=, &lanes](int64_t c, auto length) {
+inline void update_token(const X *x, const P *a, const P *b, X *z, int64_t C, LaneSums<A> &sums) {
+    for_spans<A>(C, [=, &sums](int64_t c, auto length) {
         constexpr int N = decltype(length)::value;
         using Io = Convert<A, N>;
         auto value = Io::load(x + c) - Io::load(b + c);
         if (a) {
             const auto log_scale = Io::load(a + c);
             value *= exponential<N>(-log_scale);
-            store_raw<N>(lanes, load_raw<N>(lanes) - log_scale);
+            sums.template subtract<N>(log_scale);
         }
         Io::store(z + c, value);
     });
@@ -113,25 +136,18 @@ void forward(const AffineForwardArgs &args) {
     using A = typename compute<X>::type;
     const Rows<X, P> rows{args};
     const int64_t chunks = affine_chunks(args.T, args.C);
-    const int64_t tokens_per_sum = args.C < 512 ? 512 / args.C : 1;  // short sums stay accurate
     for_chunks(args, [&](int64_t b, int64_t chunk, int64_t first, int64_t last) {
-        double sum = 0;
-        A lanes[16] = {};
+        LaneSums<A> sums;
         for (int64_t s = first; s < last; ++s) {
             X *z = static_cast<X *>(args.z) + rows.dense(b, s);
             if (s == 0) {
                 copy(rows.x(b, 0), z, args.C);
-            } else {
-                const P *p = rows.params(b, s - 1);
-                update_token(rows.x(b, s), rows.scale(p), rows.shift(p), z, args.C, lanes);
+                continue;
             }
-            if ((s - first) % tokens_per_sum == tokens_per_sum - 1 || s + 1 == last)
-                for (A &lane : lanes) {
-                    sum += lane;
-                    lane = 0;
-                }
+            const P *p = rows.params(b, s - 1);
+            update_token(rows.x(b, s), rows.scale(p), rows.shift(p), z, args.C, sums);
         }
-        args.partial[b * chunks + chunk] = sum;
+        args.partial[b * chunks + chunk] = sums.total();
     });
     for (int64_t b = 0; b < args.B; ++b) {
         double sum = 0;

@@ -81,12 +81,19 @@ def check_against_fp64(inputs, what, scale=None, backends=BACKENDS):
     weights = [torch.randn_like(inputs[0])]
     doubles = [t.double() for t in inputs]
     golden = values_and_gradients(lambda *t: reference(*t, scale), doubles, weights)
-    plain = values_and_gradients(lambda *t: reference(*t, scale), inputs, weights)
+    by_autograd = values_and_gradients(lambda *t: reference(*t, scale), inputs, weights)
+    # Autograd keeps the softmax, with which terms of its derivative cancel that don't cancel in the
+    # formula from o and the log-sum-exp: exactly so if there are only one or two keys.
+    by_formula = values_and_gradients(
+        lambda *t: causal_attention(*t, scale=scale, backend="reference"), inputs, weights
+    )
+    few_keys = inputs[1].shape[1] <= 2
     for backend in backends:
         actual = values_and_gradients(
             lambda *t, backend=backend: causal_attention(*t, scale=scale, backend=backend),
             *(inputs, weights),
         )
+        plain = by_autograd if backend == "reference" and not few_keys else by_formula
         for name, a, p, g in zip(("o", "dqkv"), actual, plain, golden, strict=True):
             check_close(a, p, g, f"{backend} {name} {what}")
         assert actual[0].is_contiguous()

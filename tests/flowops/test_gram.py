@@ -201,7 +201,7 @@ def test_a_point_equals_itself_exactly(backend, kernel, dtype, mean):
 @by_dtype
 def test_values_and_gradients_follow_the_fp64_reference(backend, op, kernel, dtype):
     for (N, M, D), vector in itertools.product(
-        [(1, 1, 1), (17, 63, 2), (100, 10, 8), (63, 17, 9), (33, 150, 20)], (False, True)
+        [(1, 63, 1), (63, 1, 3), (17, 63, 2), (100, 10, 8), (33, 150, 20)], (False, True)
     ):
         for apart in (True, False) if dtype == torch.float64 else (True,):
             inputs = inputs_of(op, N, M, D, 3, dtype, vector, apart)
