@@ -43,9 +43,6 @@ def python(code: str, cwd, **environment: str) -> str:
     return result.stdout
 
 
-# --- which backend runs --------------------------------------------------------------------------
-
-
 @pytest.fixture
 def toy(monkeypatch):
     """An op with two implementations that say who ran; cpu has a reason against negative values."""
@@ -211,9 +208,6 @@ def test_gpu_backends_raise_on_the_cpu(ran, monkeypatch, op, backend):
     assert ran == []
 
 
-# --- can_run and the native module ---------------------------------------------------------------
-
-
 def test_can_run():
     x, params = torch.ones(2, 3, 4), torch.ones(2, 3, 8)
     for op in dispatch.ops():
@@ -327,9 +321,6 @@ print(len(tries))
     assert int(tries) <= 2
 
 
-# --- what an import costs ------------------------------------------------------------------------
-
-
 def test_import_is_light(tmp_path):
     """Packages called triton and cupy are there to be found, as on a machine with a GPU."""
     for name in ("triton", "cupy"):
@@ -386,9 +377,6 @@ print("flowops", importlib.util.find_spec("flowops").origin, sep="|")
         name, *places = line.split("|")
         assert not any(Path(place).resolve().is_relative_to(ROOT) for place in places), name
     assert Path(ours.split("|")[1]).resolve().is_relative_to(ROOT)
-
-
-# --- floors --------------------------------------------------------------------------------------
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[str, bool]]:
