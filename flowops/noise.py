@@ -16,6 +16,7 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011); 
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -233,10 +234,12 @@ def noise_normal(
 
 def _noise(kind, shape, rng, device, backend) -> Tensor:
     dispatch.check_backend(backend)
-    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
-        raise TypeError(f"shape: expected a sequence of integers, got {shape!r}")
+    try:  # symbolic sizes stay symbolic
+        shape = [s if isinstance(s, torch.SymInt) else operator.index(s) for s in shape]
+    except TypeError:
+        raise TypeError(f"shape: expected a sequence of integers, got {shape!r}") from None
     if not shape or min(shape) < 1:
-        raise ValueError(f"shape: expected at least one dimension, all positive, got {list(shape)}")
+        raise ValueError(f"shape: expected at least one dimension, all positive, got {shape}")
     if device is None:
         device = rng.device if isinstance(rng, Tensor | torch.Generator) else "cpu"
     state = make_rng(rng, device)
