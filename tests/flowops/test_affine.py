@@ -410,6 +410,7 @@ def test_one_token_passes_through(engine):
             assert torch.equal(grad, torch.zeros_like(params))
 
 
+@pytest.mark.skipif(not ISAS, reason="there are no native kernels here")
 @by_op
 @by_order
 @pytest.mark.parametrize(
