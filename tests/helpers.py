@@ -1,12 +1,17 @@
-"""What several test files share: the tolerance rule and the cases of every op."""
+"""What several test files share: the tolerance rule, engines and the cases of every op."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 import flowops
-from flowops import affine, attention, gram, padding
+from flowops import affine, attention, dispatch, gram, padding
+
+#: Instruction sets of the native kernels here, and all that an op can be tested on.
+ISAS = dispatch.native().isas() if dispatch.backend_state("cpu")[0] else []
+ENGINES = ["reference", *ISAS]
 
 
 def assert_close(actual, reference, golden, what: str = "", dtype=None) -> None:
@@ -20,6 +25,21 @@ def assert_close(actual, reference, golden, what: str = "", dtype=None) -> None:
     allowed = 2 * (reference.double() - golden).abs().max().item()
     allowed += 2 * torch.finfo(dtype or reference.dtype).eps * scale
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+@contextlib.contextmanager
+def running(engine):
+    """Yields the backend of ``engine``; the native kernels are those of that instruction set."""
+    if engine == "reference":
+        yield "reference"
+        return
+    native = dispatch.native()
+    before = native.isa()
+    native.set_isa(engine)
+    try:
+        yield "cpu"
+    finally:
+        native.set_isa(before)
 
 
 def poison(*tensors: torch.Tensor) -> None:

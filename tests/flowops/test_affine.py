@@ -1,16 +1,13 @@
-import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from flowops import affine_inverse, affine_update, dispatch
+from flowops import affine_inverse, affine_update
 from flowops.affine import affine_inverse_reference, affine_update_reference
-from helpers import assert_close, poison
+from helpers import ENGINES, ISAS, assert_close, poison, running
 
-ISAS = dispatch.native().isas() if dispatch.backend_state("cpu")[0] else []
-ENGINES = ["reference", *ISAS]
 CHANNELS = (1, 3, 4, 12, 16, 17, 48, 63, 100)
 TOKENS = (1, 2, 17, 100, 1000)
 DTYPES = {
@@ -29,21 +26,6 @@ by_op = pytest.mark.parametrize("op", OPS)
 by_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 by_engine = pytest.mark.parametrize("engine", ENGINES)
 by_order = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
-
-
-@contextlib.contextmanager
-def running(engine):
-    """Yields the backend of ``engine``; the native kernels are those of that instruction set."""
-    if engine == "reference":
-        yield "reference"
-        return
-    native = dispatch.native()
-    before = native.isa()
-    native.set_isa(engine)
-    try:
-        yield "cpu"
-    finally:
-        native.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

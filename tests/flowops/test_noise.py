@@ -1,4 +1,3 @@
-import contextlib
 import itertools
 import math
 
@@ -7,11 +6,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flowops import dispatch, make_rng, noise_normal, noise_uniform, noise_words
+from flowops import make_rng, noise_normal, noise_uniform, noise_words
 from flowops.noise import _box_muller, _uniform, philox_reference
+from helpers import ENGINES, ISAS, running
 
-ISAS = dispatch.native().isas() if dispatch.backend_state("cpu")[0] else []
-ENGINES = ["reference", *ISAS]
 DRAWS = {"words": noise_words, "uniform": noise_uniform, "normal": noise_normal}
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -34,21 +32,6 @@ KNOWN_ANSWERS = [
     ),
     ((0, 0, 0, 0), (42, 0), (0x9CEAF053, 0x77F5493B, 0x12BF50AD, 0x5742B3D7)),
 ]
-
-
-@contextlib.contextmanager
-def running(engine):
-    """Yields the backend of ``engine``; the native kernels are those of that instruction set."""
-    if engine == "reference":
-        yield "reference"
-        return
-    native = dispatch.native()
-    before = native.isa()
-    native.set_isa(engine)
-    try:
-        yield "cpu"
-    finally:
-        native.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,3 @@
-import contextlib
 import math
 
 import pytest
@@ -6,12 +5,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flowops import dispatch, noise_normal, pad_noise
+from flowops import noise_normal, pad_noise
 from flowops.padding import pad_noise_reference
-from helpers import assert_close, poison
+from helpers import ENGINES, ISAS, assert_close, poison, running
 
-ISAS = dispatch.native().isas() if dispatch.backend_state("cpu")[0] else []
-ENGINES = ["reference", *ISAS]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LAYOUTS = ("contiguous", "sliced", "transposed", "every other", "expanded")
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -20,21 +17,6 @@ RNG = torch.tensor([42, 7])
 by_engine = pytest.mark.parametrize("engine", ENGINES)
 by_isa = pytest.mark.parametrize("isa", ISAS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-@contextlib.contextmanager
-def running(engine):
-    """Yields the backend of ``engine``; the native kernels are those of that instruction set."""
-    if engine == "reference":
-        yield "reference"
-        return
-    native = dispatch.native()
-    before = native.isa()
-    native.set_isa(engine)
-    try:
-        yield "cpu"
-    finally:
-        native.set_isa(before)
 
 
 @pytest.fixture(autouse=True)
