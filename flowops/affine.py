@@ -189,6 +189,44 @@ def _(grad_x, z, params, reverse):
     return _native_backward("affine_inverse_backward", grad_x, None, z, params, reverse)
 
 
+def _triton_supports(*args) -> str | None:
+    return dispatch.triton_dtype_reason(*args[-3:-1])
+
+
+def _kernels():
+    from .kernels import affine
+
+    return affine
+
+
+@dispatch.implement("affine_update", "triton", _triton_supports)
+def _(x, params, reverse):
+    x, params = _dense_rows(x), _dense_rows(params)
+    return _kernels().affine_fwd(x, params, reverse, False, _compute_dtype(x, params))
+
+
+@dispatch.implement("affine_inverse", "triton", _triton_supports)
+def _(z, params, reverse):
+    z, params = _dense_rows(z), _dense_rows(params)
+    return _kernels().affine_fwd(z, params, reverse, True, _compute_dtype(z, params))[0]
+
+
+@dispatch.implement("affine_update_backward", "triton", _triton_supports)
+def _(grad_z, grad_logdet, x, params, reverse):
+    return _triton_backward(grad_z, grad_logdet.contiguous(), x, params, reverse, False)
+
+
+@dispatch.implement("affine_inverse_backward", "triton", _triton_supports)
+def _(grad_x, z, params, reverse):
+    return _triton_backward(grad_x, None, z, params, reverse, True)
+
+
+def _triton_backward(grad_out, grad_logdet, x, params, reverse, inverse):
+    x, params, grad_out = _dense_rows(x), _dense_rows(params), grad_out.contiguous()
+    compute = _compute_dtype(x, params)
+    return _kernels().affine_bwd(grad_out, grad_logdet, x, params, reverse, inverse, compute)
+
+
 def _native_backward(kernel, grad_out, grad_logdet, x, params, reverse):
     x, params, grad_out = _dense_rows(x), _dense_rows(params), grad_out.contiguous()
     if grad_logdet is not None:

@@ -3,7 +3,8 @@
 An op is a name with up to four implementations. ``backend="auto"`` takes the first of
 ``cuda, triton, cpu, reference`` that can run on the given tensors; ``reference`` always can. A
 backend asked for by name, in the call or through the environment variable ``FLOWOPS_BACKEND``
-(which speaks for every call that names none), runs or raises.
+(which speaks for every call that names none), runs or raises. Triton's interpreter
+(``TRITON_INTERPRET=1``) runs the triton kernels on CPU tensors, by name only.
 """
 
 import ctypes
@@ -19,6 +20,9 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
+#: What ``auto`` tries, by the type of the tensors' device.
+_AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
 #: op name -> backend -> (function, supports); ``supports(*args)`` returns a reason not to, or None.
 _IMPLEMENTATIONS: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
 
@@ -27,6 +31,8 @@ _FLOP_COUNTER = "torch.utils.flop_counter"
 
 #: Storage types of the native CPU kernels and their codes in csrc/cpu/kernels.h.
 NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+_TRITON_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def implement(op: str, backend: str, supports: Callable[..., str | None] | None = None):
@@ -140,12 +146,29 @@ def backend_state(backend: str) -> tuple[bool, str]:
             True,
             f"{module.isa()} of {', '.join(module.isas())}; {torch.get_num_threads()} threads",
         )
-    if not torch.cuda.is_available():
-        return False, "no CUDA device is visible to PyTorch"
+    return _gpu_state(backend, interpreting())
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _gpu_state(backend: str, interpreted: bool) -> tuple[bool, str]:
     package = "triton" if backend == "triton" else "cupy"
     if importlib.util.find_spec(package) is None:
         return False, f"the package {package} is not installed"
-    return False, f"no op has a {backend} kernel in this version"
+    if backend == "triton":
+        import triton
+
+        if interpreted:
+            return True, f"the interpreter of Triton {triton.__version__} (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device is visible to PyTorch"
+    if backend == "cuda":
+        return False, "no op has a cuda kernel in this version"
+    return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"
 
 
 def native() -> ModuleType:
@@ -191,11 +214,21 @@ def cpu_dtype_reason(*tensors: torch.Tensor) -> str | None:
     return None
 
 
+def triton_dtype_reason(*tensors: torch.Tensor) -> str | None:
+    """Why the Triton kernels can't take these storage types, or None."""
+    for tensor in tensors:
+        if tensor.dtype not in _TRITON_DTYPES:
+            return f"{tensor.dtype} has no Triton kernel"
+        if tensor.dtype == torch.bfloat16 and interpreting():
+            return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
 def _select(op: str, backend: str, args: tuple) -> Callable:
     asked = backend if backend != "auto" else os.environ.get("FLOWOPS_BACKEND") or "auto"
     implementations = _IMPLEMENTATIONS[op]
     if asked == "auto":
-        for candidate in BACKENDS:
+        for candidate in _AUTO.get(args[0].device.type, ("reference",)):
             if candidate in implementations and _reason_against(op, candidate, args) is None:
                 return implementations[candidate][0]
     if asked not in BACKENDS:
@@ -212,8 +245,10 @@ def _reason_against(op: str, backend: str, args: tuple) -> str | None:
         return f"{op} has no {backend} kernel in this version"
     if backend == "reference":
         return None
-    if args and (args[0].device.type == "cpu") != (backend == "cpu"):
-        return f"its tensors are on {args[0].device}"
+    if args:
+        on_cpu = backend == "cpu" or (backend == "triton" and interpreting())
+        if args[0].device.type != ("cpu" if on_cpu else "cuda"):
+            return f"its tensors are on {args[0].device}"
     if backend == "cpu":
         module, reason = _load_native()
         if module is None:

@@ -1,1 +1,1 @@
-"""Floor 1 on the GPU: Triton kernels, one file an op, over arrays, sizes and strides. None yet."""
+"""Triton kernels, one module an op. They know arrays, sizes and strides, and no autograd."""
