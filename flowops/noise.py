@@ -29,7 +29,8 @@ Rng = Tensor | torch.Generator | None
 _MASK = 0xFFFFFFFF
 _KINDS = ("words", "uniform", "normal")  # their index is the code in csrc/cpu/kernels.h
 
-# Minimax polynomials, highest power first; the same constants stand in csrc/cpu/philox.h.
+# Minimax polynomials, highest power first; the same constants stand in csrc/cpu/philox.h and
+# kernels/noise.py.
 _LOG = (
     -0.07634492963552475,
     0.12761574983596802,
@@ -142,6 +143,13 @@ def _(rng, rows, width, kind):
         *(rows, width, out.data_ptr(), torch.get_num_threads()),
     )
     return out
+
+
+@dispatch.implement("noise", "triton")
+def _(rng, rows, width, kind):
+    from .kernels.noise import noise_fwd
+
+    return noise_fwd(rng.contiguous(), rows, width, kind)
 
 
 # --- public --------------------------------------------------------------------------------------

@@ -59,6 +59,14 @@ def _(x, rng, pad, pad_scale, data_scale):
     return out
 
 
+@dispatch.implement("pad_noise", "triton", lambda x, *_: dispatch.triton_dtype_reason(x))
+def _(x, rng, pad, pad_scale, data_scale):
+    from .kernels.padding import pad_noise_fwd
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return pad_noise_fwd(x, rng.contiguous(), pad, pad_scale, data_scale, _compute_dtype(x))
+
+
 class PadNoiseFunction(torch.autograd.Function):
     """Backward is a slice; gradients to the scales draw the noise again from ``rng``."""
 

@@ -113,7 +113,10 @@ def affine_fwd(x, params, reverse: bool, inverse: bool, compute: torch.dtype):
         start(
             *(affine_fwd_kernel, choice, B * chunks),
             (x, params, out, partial, T, chunks, *x.stride()[:2], *params.stride()[:2]),
-            **{"C": C, "HAS_SCALE": has_scale, "REVERSE": reverse, "INVERSE": inverse},
+            C=C,
+            HAS_SCALE=has_scale,
+            REVERSE=reverse,
+            INVERSE=inverse,
             COMPUTE=COMPUTE[compute],
         )
         if inverse:
@@ -138,7 +141,10 @@ def affine_bwd(grad, grad_logdet, x, params, reverse: bool, inverse: bool, compu
                 *(grad, grad if inverse else grad_logdet, x, params, grad_x, grad_params),
                 *(T, chunks, *x.stride()[:2], *params.stride()[:2]),
             ),
-            **{"C": C, "HAS_SCALE": params.shape[2] != C, "REVERSE": reverse, "INVERSE": inverse},
+            C=C,
+            HAS_SCALE=params.shape[2] != C,
+            REVERSE=reverse,
+            INVERSE=inverse,
             COMPUTE=COMPUTE[compute],
         )
         return grad_x, grad_params
