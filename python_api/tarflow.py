@@ -10,12 +10,13 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from flowops import affine_update, noise_normal, noise_uniform
+from flowops import noise_normal, noise_uniform
 from flowops.noise import Rng, make_rng
 
 from .decode import Guidance, invert_block
-from .transformer import AttentionBlock
+from .transformer import TarFlowBlock
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -40,67 +41,15 @@ def uniform_dequantize(x: Tensor, rng: Rng = None) -> Tensor:
     return ((x + 1) * (255 / 2) + u.view_as(x)) / 128 - 1
 
 
-class TarFlowBlock(nn.Module):
-    """One autoregressive block, ``x [B, T, C] -> z [B, T, C]`` with its log-determinant ``[B]``.
-
-    Tokens are read in raster order, or in reversed order if ``reverse``; the affine step undoes the
-    order on the fly. Parameters of token i transform token i + 1; the first passes through.
-    """
-
-    def __init__(
-        self,
-        patch_channels: int,
-        width: int,
-        num_patches: int,
-        reverse: bool,
-        num_layers: int,
-        head_dim: int,
-        expansion: int,
-        nvp: bool,
-        num_classes: int,
-    ):
-        super().__init__()
-        self.reverse = reverse
-        self.proj_in = nn.Linear(patch_channels, width)
-        self.pos_embed = nn.Parameter(torch.randn(num_patches, width) * 1e-2)
-        self.class_embed = (
-            nn.Parameter(torch.randn(num_classes, 1, width) * 1e-2) if num_classes else None
-        )
-        self.attn_blocks = nn.ModuleList(
-            AttentionBlock(width, head_dim, expansion) for _ in range(num_layers)
-        )
-        self.proj_out = nn.Linear(width, 2 * patch_channels if nvp else patch_channels)
-        nn.init.zeros_(self.proj_out.weight)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return affine_update(x, self.params(x, y), reverse=self.reverse)
-
-    def params(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the affine step reads, ``[B, T, 2C]`` or ``[B, T, C]``, in the block's order."""
-        h = self.proj_in(x.flip(1) if self.reverse else x)
-        h = h + (self.positions() + self.class_embedding(y, len(x)).unsqueeze(1))
-        for layer in self.attn_blocks:
-            h = layer(h)
-        return self.proj_out(h)
-
-    def positions(self) -> Tensor:
-        """``[T, W]`` in the block's token order."""
-        return self.pos_embed.flip(0) if self.reverse else self.pos_embed
-
-    def class_embedding(self, y: Tensor | None, batch: int) -> Tensor:
-        """``[B, W]``, or ``[1, W]`` where it is the same for all; the table's mean stands for no
-        label (None or -1)."""
-        if self.class_embed is None:
-            return self.pos_embed.new_zeros(1, self.pos_embed.shape[1])
-        table = self.class_embed[:, 0]
-        mean = table.mean(0, keepdim=True)
-        if y is None:
-            return mean
-        return torch.where((y < 0).unsqueeze(1), mean, table[y.clamp(min=0)])
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        state_dict.pop(prefix + "attn_mask", None)  # the reference program stores its mask
-        super()._load_from_state_dict(state_dict, prefix, *args)
+def _try_compiler(device: torch.device, options: dict) -> None:
+    """Compiles a line, so that a missing compiler is named before the work starts."""
+    compiled = torch.compile(lambda x: F.gelu(x) + 1, **options)
+    try:
+        compiled(torch.ones(16, device=device))
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)
+        reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0]
+        raise RuntimeError(f"torch.compile does not work here for {device}: {reason}") from error
 
 
 class TarFlow(nn.Module):
@@ -117,6 +66,9 @@ class TarFlow(nn.Module):
         num_classes: 0 for an unconditional model.
         head_dim: width of an attention head.
         expansion: hidden width of the perceptrons, in multiples of channels.
+        checkpoint_blocks: keep only what passes between the blocks for the backward pass, which
+            computes each block again. An attribute of the same name, free to change; no part of
+            the saved model.
 
     Raises:
         ValueError: naming the argument that is off.
@@ -139,6 +91,7 @@ class TarFlow(nn.Module):
         *,
         head_dim: int = 64,
         expansion: int = 4,
+        checkpoint_blocks: bool = False,
     ):
         super().__init__()
         self.config = {
@@ -165,6 +118,7 @@ class TarFlow(nn.Module):
             raise ValueError(f"channels: expected a multiple of {head_dim}, got {channels}")
         self.in_channels, self.img_size, self.patch_size = in_channels, img_size, patch_size
         self.num_classes, self.nvp = num_classes, nvp
+        self.checkpoint_blocks, self._one_graph = checkpoint_blocks, False
         self.num_patches = (img_size // patch_size) ** 2
         self.patch_channels = in_channels * patch_size**2
         self.blocks = nn.ModuleList(
@@ -183,6 +137,25 @@ class TarFlow(nn.Module):
         )
         # Variance of the prior: stays one, unless nvp is off and `update_prior` is called.
         self.register_buffer("var", torch.ones(self.num_patches, self.patch_channels))
+
+    def compile_blocks(self, **options) -> None:
+        """Puts the forward of every block through ``torch.compile``, in place.
+
+        Blocks that read in the same direction share a compiled graph. Weights, their names, copies
+        and pickles stay as they were (copies are not compiled). ``reverse`` and ``sample`` are not
+        touched. Moving the model to another device afterwards compiles anew.
+
+        Args:
+            options: of ``torch.compile``; ``fullgraph`` is on unless given.
+
+        Raises:
+            RuntimeError: in one line, if the compiler does not work here.
+        """
+        options = {"fullgraph": True, **options}
+        _try_compiler(self.var.device, options)
+        for block in self.blocks:
+            block.compile(**options)
+        self._one_graph = True
 
     # --- density ---------------------------------------------------------------------------------
 
@@ -204,12 +177,20 @@ class TarFlow(nn.Module):
         """
         self._check_images(x)
         self._check_labels(y, x.shape[0])
-        tokens, outputs, logdets = patchify(x, self.patch_size), [], 0
+        tokens, outputs, logdets = patchify(x, self.patch_size).contiguous(), [], 0
+        if self._one_graph and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            tokens.requires_grad_()  # as what later blocks read: the first needs no graph apart
         for block in self.blocks:
-            tokens, logdet = block(tokens, y)
+            tokens, logdet = self._through(block, tokens, y)
             logdets = logdets + logdet
             outputs.append(tokens)
         return tokens, outputs, logdets / (self.num_patches * self.patch_channels)
+
+    def _through(self, block: TarFlowBlock, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not (self.checkpoint_blocks and torch.is_grad_enabled()):
+            return block(x, y)
+        # Nothing in a block is random; fetching the generator's state would be for nothing.
+        return checkpoint(block, x, y, use_reentrant=False, preserve_rng_state=False)
 
     def loss(self, z: Tensor, logdets: Tensor) -> Tensor:
         """Negative log-likelihood per dimension in nats, less ``ln(2 pi) / 2``, of a unit prior."""

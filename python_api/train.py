@@ -8,7 +8,7 @@ Source: the recipe of arXiv 2412.06329, appendix B.
 
 import contextlib
 import dataclasses
-import json
+import functools
 import math
 import signal
 import threading
@@ -23,8 +23,11 @@ from torch import Tensor
 
 from flowops import noise_uniform, noise_words
 
-from .checkpoint import load_into, read_tensors, save_model, save_tensors, write_whole
+from .checkpoint import load_into, read_tensors, save_model, save_tensors
 from .data import Images, scale_pixels
+from .fingerprint import check_same_data, fingerprint
+from .precision import autocast, check_precision, faster_precision, matmul_precision
+from .records import MetricsLog, read_records
 from .tarflow import TarFlow, gaussian_noise, uniform_dequantize
 
 
@@ -61,8 +64,13 @@ class TrainConfig:
     """Largest gradient norm."""
     ema: float = 0.995
     """Decay of the averaged weights, those that are saved as the model."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast; auto times both on this machine (fp32 for uniform noise)."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """bf16 is autocast, tf32 (GPU only) rounds the factors of fp32 matrix products; auto times fp32
+    and bf16 on this machine (fp32 for uniform noise)."""
+    compile: bool = False
+    """Put the blocks through torch.compile."""
+    checkpoint_blocks: bool = False
+    """Keep less for the backward pass and compute each block again: saves memory, costs time."""
     seed: int = 0
     checkpoint_every: int = 250
     """Steps between checkpoints."""
@@ -86,7 +94,10 @@ class TrainConfig:
 
 
 #: What a run that goes on from a checkpoint may ask for anew; the precision stays the checkpoint's.
-_FREE_ON_RESUME = ("precision", "checkpoint_every", "log_every")
+_FREE_ON_RESUME = (
+    *("precision", "compile", "checkpoint_blocks"),
+    *("checkpoint_every", "log_every"),
+)
 
 
 def build_model(config: TrainConfig, data: Images) -> TarFlow:
@@ -105,6 +116,7 @@ def build_model(config: TrainConfig, data: Images) -> TarFlow:
             layers_per_block=config.layers,
             nvp=config.nvp,
             num_classes=len(data.class_names),
+            checkpoint_blocks=config.checkpoint_blocks,
         )
 
 
@@ -132,6 +144,12 @@ class Trainer:
             raise ValueError(f"shift: expected less than the image, got {config.shift}")
         self.config, self.model, self.data = config, model, data
         self.device = model.var.device
+        check_precision(config.precision, self.device)
+        if config.compile:
+            try:
+                model.compile_blocks()
+            except RuntimeError as error:
+                raise ValueError(f"compile: {error}") from error
         self.ema = {name: t.detach().clone() for name, t in model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -141,11 +159,15 @@ class Trainer:
             fused=True,
         )
         self.step_count = 0
-        self.skipped = 0
         self.precision = config.precision
 
-    def step(self) -> dict[str, float]:
-        """One update. A step whose loss or gradient is not finite changes nothing but the count."""
+    def step(self) -> dict[str, Tensor | float]:
+        """One update. A step whose loss or gradient is not finite changes nothing but the count.
+
+        Returns:
+            step and lr as numbers; loss, grad_norm and refused as 0-d tensors on the device, which
+            nothing here waits for (``read_records`` does).
+        """
         config, model = self.config, self.model
         self.settle_precision()
         x, y = self.batch(self.step_count)
@@ -153,55 +175,54 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            z, _, logdets = model(x, y)
-        loss = model.loss(z, logdets)
-        loss.backward()
+        with matmul_precision(self.precision):
+            with autocast(self.precision, self.device):
+                z, _, logdets = model(x, y)
+            loss = model.loss(z, logdets)
+            loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip, foreach=True)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-        if finite:
-            self.optimizer.step()
-            if not config.nvp:
-                model.update_prior(z.detach())
-            self._average()
-            self.skipped = 0
-        else:
-            self.skipped += 1
+        loss = loss.detach()
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        # The fused optimizer reads on the device whether it is to do nothing, as for a GradScaler.
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        if not config.nvp:
+            before = model.var.clone()
+            model.update_prior(z.detach())
+            model.var.copy_(torch.where(finite, model.var, before))
+        self._average(finite)
         self.step_count += 1
         return {
             "step": self.step_count,
-            "loss": loss.item(),
-            "bits_per_dim": _bits(loss.item()),
-            "grad_norm": norm.item(),
+            "loss": loss,
+            "grad_norm": norm,
             "lr": rate,
-            "refused": int(not finite),
+            "refused": ~finite,
         }
 
     def settle_precision(self) -> str:
         """Replaces "auto" by what is faster here."""
         if self.precision == "auto":
-            self.precision = faster_precision(self.config, self.model, self.data)
+            uniform = self.config.noise == "uniform"  # its purpose is the likelihood
+            self.precision = "fp32" if uniform else faster_precision(self.model, *self.batch(0))
         return self.precision
 
     def batch(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Noisy images and labels of a step."""
         config, n = self.config, len(self.data)
         epoch, k = divmod(step, n // config.batch_size)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + epoch))
+        order = _order(n, config.seed + epoch)
         chosen = self.data[order[k * config.batch_size : (k + 1) * config.batch_size]]
-        x = scale_pixels(chosen.pixels.to(self.device))
+        x = scale_pixels(_to_device(chosen.pixels, self.device))
         if config.shift:
             x = _shifted(x, config.shift, self._rng(step, 0))
         x = add_noise(x, config, self._rng(step, 1))
         y = chosen.labels
         if y is not None:
-            y = y.to(self.device)
+            y = _to_device(y, self.device)
             u = noise_uniform((len(y), 1), rng=self._rng(step, 2), device=self.device)
-            y = torch.where(u[:, 0] <= config.drop_label, -1, y)
+            y = y.masked_fill(u[:, 0] <= config.drop_label, -1)
         return x, y
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def averaged_model(self) -> TarFlow:
         """A copy of the model with the averaged weights."""
@@ -224,6 +245,7 @@ class Trainer:
                 "train_config": dataclasses.asdict(self.config),
                 "config": self.model.config,
                 "precision": self.precision,
+                "data": self.fingerprint,
             },
         )
 
@@ -231,7 +253,8 @@ class Trainer:
         """Goes on from a checkpoint.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file, and the first settings that differ.
+            FileNotFoundError, ValueError: naming the file, and the setting or what of the data
+                differs. (Files of earlier versions don't say what data they were trained on.)
         """
         tensors, metadata = read_tensors(path)
         if "train_config" not in metadata:
@@ -242,6 +265,8 @@ class Trainer:
                 raise ValueError(
                     f"{name}: {path} was trained with {value!r}, this run has {ours.get(name)!r}"
                 )
+        check_same_data(metadata.get("data", {}), self.fingerprint, path)
+        check_precision(metadata["precision"], self.device)
         part = {
             prefix: {
                 k.removeprefix(prefix + "."): t
@@ -260,14 +285,21 @@ class Trainer:
         self.step_count = metadata["step"]
         self.precision = metadata["precision"]
 
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, int]:
+        """What a checkpoint says about its data."""
+        return fingerprint(self.data)
+
     def _rng(self, step: int, purpose: int) -> Tensor:
-        return torch.tensor([self.config.seed, 4 * step + purpose], device=self.device)
+        return _to_device(torch.tensor([self.config.seed, 4 * step + purpose]), self.device)
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _average(self, finite: Tensor) -> None:
         decay = min(self.config.ema, (1 + self.step_count) / (10 + self.step_count))
         current = self.model.state_dict()
-        torch._foreach_lerp_(list(self.ema.values()), [current[k] for k in self.ema], 1 - decay)
+        for name, mean in self.ema.items():
+            # A refused step goes towards itself: a weight of zero would let a NaN through.
+            mean.lerp_(torch.where(finite, current[name], mean), 1 - decay)
 
 
 def run_training(
@@ -279,7 +311,8 @@ def run_training(
     Args:
         trainer: fresh, or loaded from a checkpoint.
         out: a directory that exists.
-        on_step: called with the record of every step.
+        on_step: called with the record of every step, for those since the last call every
+            ``log_every`` steps, at checkpoints and at the end: only then the device is waited for.
 
     Returns:
         The model with averaged weights.
@@ -290,35 +323,34 @@ def run_training(
         OSError: naming the file that could not be written.
     """
     config, checkpoint = trainer.config, out / "checkpoint.safetensors"
-    log = out / "metrics.jsonl"
-    _keep_records(log, trainer.step_count)
-    board = _tensorboard(out)
     started, first = time.perf_counter(), trainer.step_count
-    with open(log, "a") as file, _deferred_interrupt() as interrupted:
+    unread, refused = [], 0
+    with MetricsLog(out, first) as log, _deferred_interrupt() as interrupts:
         while trainer.step_count < config.steps:
-            record = trainer.step()
-            done = trainer.step_count - first
-            record["images_per_second"] = done * config.batch_size / (time.perf_counter() - started)
-            last = trainer.step_count == config.steps
-            if record["refused"] or last or trainer.step_count % config.log_every == 0:
-                file.write(json.dumps(_finite(record)) + "\n")
-                file.flush()
-                if board is not None:
-                    for name, value in record.items():
-                        board.add_scalar(name, value, trainer.step_count)
-            if on_step is not None:
-                on_step(record)
-            if trainer.skipped == 10:
-                raise FloatingPointError(
-                    f"step {trainer.step_count}: ten steps in a row gave a loss or gradient that "
-                    f"is not finite; nothing was saved since the last checkpoint; try a lower lr"
-                )
-            if interrupted or last or trainer.step_count % config.checkpoint_every == 0:
+            unread.append(trainer.step())
+            step, interrupted = trainer.step_count, bool(interrupts)
+            save = interrupted or step == config.steps or step % config.checkpoint_every == 0
+            if save or step % config.log_every == 0:
+                records, unread = read_records(unread), []
+                images = (step - first) * config.batch_size
+                for record in records:
+                    record["images_per_second"] = images / (time.perf_counter() - started)
+                    refused = refused + 1 if record["refused"] else 0
+                    due = record["step"] % config.log_every == 0 or record["step"] == config.steps
+                    if record["refused"] or due:
+                        log.write(record)
+                    if on_step is not None:
+                        on_step(record)
+                    if refused == 10:
+                        raise FloatingPointError(
+                            f"step {record['step']}: ten steps in a row gave a loss or gradient "
+                            f"that is not finite; nothing was saved since the last checkpoint; try "
+                            f"a lower lr"
+                        )
+            if save:
                 trainer.save(checkpoint)
             if interrupted:
                 raise KeyboardInterrupt
-    if board is not None:
-        board.close()
     model = trainer.averaged_model()
     save_model(
         model,
@@ -353,24 +385,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def faster_precision(config: TrainConfig, model: TarFlow, data: Images) -> str:
-    """``"bf16"`` where autocast makes a step at least a tenth faster here, else ``"fp32"``. Uniform
-    noise, whose purpose is the likelihood, always takes fp32."""
-    if config.noise == "uniform":
-        return "fp32"
-    if model.var.device.type == "cuda":
-        return "bf16"
-    x = scale_pixels(data.pixels[: config.batch_size])
-    times = {"fp32": math.inf, "bf16": math.inf}
-    for attempt in range(3):
-        for name in times:
-            start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
-                z, _, logdets = model(x)
-            torch.autograd.grad(model.loss(z, logdets), list(model.parameters()), allow_unused=True)
-            if attempt:  # the first pays for warming up
-                times[name] = min(times[name], time.perf_counter() - start)
-    return "bf16" if times["fp32"] > 1.1 * times["bf16"] else "fp32"
+@functools.lru_cache(maxsize=2)
+def _order(n: int, seed: int) -> Tensor:
+    """The images of an epoch in turn."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy from pageable memory would wait for all that the GPU has yet to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _shifted(x: Tensor, limit: int, rng: Tensor) -> Tensor:
@@ -381,36 +404,3 @@ def _shifted(x: Tensor, limit: int, rng: Tensor) -> Tensor:
     columns = (torch.arange(W, device=x.device) + offsets[:, 1:]).clamp(0, W - 1)
     x = x.gather(2, rows[:, None, :, None].expand_as(x))
     return x.gather(3, columns[:, None, None, :].expand_as(x))
-
-
-def _bits(loss: float) -> float:
-    """The loss leaves ``ln(2 pi) / 2`` out and counts images on [-1, 1]."""
-    return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2) + math.log2(128)
-
-
-def _finite(record: dict) -> dict:
-    """JSON has no NaN."""
-    return {k: v if math.isfinite(v) else str(v) for k, v in record.items()}
-
-
-def _keep_records(log: Path, step: int) -> None:
-    """Drops records of steps that a resumed run makes again."""
-    if not log.exists():
-        return
-    lines = log.read_text().splitlines()
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # cut short by a crash
-    write_whole(log, "".join(line + "\n" for line in kept).encode())
-
-
-def _tensorboard(out: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(out / "tensorboard")

@@ -1,5 +1,5 @@
-"""The causal Transformer inside an autoregressive block. Attribute names are those of the published
-TarFlow checkpoints.
+"""The autoregressive block of a TarFlow and the causal Transformer inside it. Attribute names are
+those of the published TarFlow checkpoints.
 
 Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329), section
 2.2.
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowops import causal_attention
+from flowops import affine_update, causal_attention
 
 
 class LayerNorm(nn.LayerNorm):
@@ -66,3 +66,66 @@ class AttentionBlock(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         h = h + self.attention(h)
         return h + self.mlp(h)
+
+
+class TarFlowBlock(nn.Module):
+    """One autoregressive block, ``x [B, T, C] -> z [B, T, C]`` with its log-determinant ``[B]``.
+
+    Tokens are read in raster order, or in reversed order if ``reverse``; the affine step undoes the
+    order on the fly. Parameters of token i transform token i + 1; the first passes through.
+    """
+
+    def __init__(
+        self,
+        patch_channels: int,
+        width: int,
+        num_patches: int,
+        reverse: bool,
+        num_layers: int,
+        head_dim: int,
+        expansion: int,
+        nvp: bool,
+        num_classes: int,
+    ):
+        super().__init__()
+        self.reverse = reverse
+        self.proj_in = nn.Linear(patch_channels, width)
+        self.pos_embed = nn.Parameter(torch.randn(num_patches, width) * 1e-2)
+        self.class_embed = (
+            nn.Parameter(torch.randn(num_classes, 1, width) * 1e-2) if num_classes else None
+        )
+        self.attn_blocks = nn.ModuleList(
+            AttentionBlock(width, head_dim, expansion) for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(width, 2 * patch_channels if nvp else patch_channels)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return affine_update(x, self.params(x, y), reverse=self.reverse)
+
+    def params(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the affine step reads, ``[B, T, 2C]`` or ``[B, T, C]``, in the block's order."""
+        h = self.proj_in(x.flip(1) if self.reverse else x)
+        h = h + (self.positions() + self.class_embedding(y, len(x)).unsqueeze(1))
+        for layer in self.attn_blocks:
+            h = layer(h)
+        return self.proj_out(h)
+
+    def positions(self) -> Tensor:
+        """``[T, W]`` in the block's token order."""
+        return self.pos_embed.flip(0) if self.reverse else self.pos_embed
+
+    def class_embedding(self, y: Tensor | None, batch: int) -> Tensor:
+        """``[B, W]``, or ``[1, W]`` where it is the same for all; the table's mean stands for no
+        label (None or -1)."""
+        if self.class_embed is None:
+            return self.pos_embed.new_zeros(1, self.pos_embed.shape[1])
+        table = self.class_embed[:, 0]
+        mean = table.mean(0, keepdim=True)
+        if y is None:
+            return mean
+        return torch.where((y < 0).unsqueeze(1), mean, table[y.clamp(min=0)])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + "attn_mask", None)  # the reference program stores its mask
+        super()._load_from_state_dict(state_dict, prefix, *args)

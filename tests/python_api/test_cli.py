@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flowops.api import load_model
+from flowops.api import TarFlow, load_model
 from flowops.api.cli import COMMANDS, main
 
 TINY = ["--data", "digits", "--patch-size", "4", "--channels", "64", "--blocks", "2"]
@@ -34,7 +34,7 @@ def test_unknown_command(capsys):
 def test_doctor_says_what_runs_and_why(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("flowops", "torch", "reference usable", "triton    not usable:", "affine_update"):
+    for word in ("flowops", "torch", "reference usable", "\n  triton    ", "affine_update"):
         assert word in text
 
 
@@ -70,6 +70,28 @@ def test_train_does_not_overwrite_a_run(trained, capsys):
     assert "checkpoint.safetensors exists; go on from it with --resume" in capsys.readouterr().err
 
 
+def test_train_compiles_and_checkpoints_on_demand(tmp_path, monkeypatch, capsys):
+    models = []
+    monkeypatch.setattr(TarFlow, "compile_blocks", lambda model: models.append(model))
+    out = str(tmp_path / "run")
+    assert main(["train", *TINY, "--compile", "--checkpoint-blocks", "--out", out]) == 0
+    assert [model.checkpoint_blocks for model in models] == [True]
+
+    def broken(model):
+        raise RuntimeError("torch.compile does not work here")
+
+    monkeypatch.setattr(TarFlow, "compile_blocks", broken)
+    assert main(["train", *TINY, "--compile", "--out", str(tmp_path / "other")]) == 1
+    assert "flowops: compile: torch.compile does not work here\n" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_resume_on_other_data(trained, capsys):
+    changed = ["--held-out", "51"]
+    assert main(["train", *TINY, *changed, "--out", str(trained), "--resume"]) == 1
+    assert "images 1747, this run has 1746" in capsys.readouterr().err
+
+
 def test_resume_of_a_finished_run(trained):
     before = load_model(trained / "model.safetensors").state_dict()
     assert main(["train", *TINY, "--out", str(trained), "--resume"]) == 0
@@ -101,6 +123,7 @@ def test_eval_reports_bits_and_accuracy(trained, capsys):
         (["train", "--data", "/nowhere"], "data: expected 'mnist', 'digits' or a folder"),
         (["train", *TINY, "--steps", "0"], "steps: expected a positive number, got 0"),
         (["train", *TINY, "--patch-size", "3"], "patch_size: expected a divisor of img_size 8"),
+        (["train", *TINY, "--precision", "tf32"], "precision: tf32 needs tensor cores of a CUDA"),
         (["train", *TINY, "--out", "/proc/x/y"], "/proc/x"),
         (["sample", "/nowhere/model.safetensors"], "no such file: /nowhere/model.safetensors"),
         (["eval", "/nowhere/model.safetensors"], "no such file: /nowhere/model.safetensors"),

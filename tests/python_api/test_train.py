@@ -7,9 +7,10 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowops.api import load_model
-from flowops.api.checkpoint import save_tensors
+from flowops.api import TarFlow, load_model
+from flowops.api.checkpoint import read_tensors, save_tensors
 from flowops.api.data import Images, load_images, scale_pixels
 from flowops.api.evaluate import evaluate
 from flowops.api.train import (
@@ -103,6 +104,92 @@ def test_resume_with_other_settings_is_refused(digits, tmp_path):
         trainer(TINY, digits).load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda d: d[torch.arange(1700)], "other images: images 1797, this run has 1700"),
+        (
+            lambda d: Images(d.pixels.repeat(1, 3, 2, 2), d.labels, d.class_names),
+            "img_size 8, this run has 16; channels 1, this run has 3",
+        ),
+        (lambda d: Images(d.pixels, None), "classes 10, this run has 0"),
+        (lambda d: d[torch.arange(1796, -1, -1)], "trained on as many images, but other ones"),
+        (
+            lambda d: Images(d.pixels, (d.labels + 1) % 10, d.class_names),
+            "trained on as many images, but other ones",
+        ),
+    ],
+)
+def test_resume_on_other_data_is_refused(digits, tmp_path, change, match):
+    path = tmp_path / "checkpoint.safetensors"
+    trainer(TINY, digits).save(path)
+    trainer(TINY, Images(digits.pixels.clone(), digits.labels, digits.class_names)).load(path)
+    with pytest.raises(ValueError, match=rf"data: .*checkpoint.safetensors was .*{match}"):
+        trainer(TINY, change(digits)).load(path)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(digits, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    first = trainer(TINY, digits)
+    first.step()
+    first.save(path)
+    tensors, metadata = read_tensors(path)
+    del metadata["data"]
+    for name in ("compile", "checkpoint_blocks"):
+        del metadata["train_config"][name]
+    save_tensors(path, tensors, metadata)
+    second = trainer(TINY, digits[torch.arange(1000)])
+    second.load(path)
+    assert second.step_count == 1
+
+
+def test_checkpointed_blocks_train_to_the_same_bits(digits, tmp_path):
+    """Also from the middle of a run that did without."""
+    runs = [trainer(dataclasses.replace(TINY, checkpoint_blocks=c), digits) for c in (False, True)]
+    for run in runs:
+        assert run.model.checkpoint_blocks == run.config.checkpoint_blocks
+        for _ in range(2):
+            run.step()
+    assert_same(weights(runs[0].model), weights(runs[1].model))
+    runs[0].save(tmp_path / "checkpoint.safetensors")
+    runs[1].load(tmp_path / "checkpoint.safetensors")
+    assert runs[0].step()["loss"] == runs[1].step()["loss"]
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where a GPU would have to be waited for."""
+
+    READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique2")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in self.READS, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"nvp": False}, {"noise": "uniform"}, {"checkpoint_blocks": True}]
+)
+def test_a_step_reads_nothing_back(digits, monkeypatch, changes):
+    run = trainer(dataclasses.replace(TINY, **changes), digits)
+    monkeypatch.setattr(TarFlow, "_check_labels", lambda *_: None)  # looks at labels on a CPU only
+    with NoReads():
+        for _ in range(3):
+            record = run.step()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            record["loss"].item()
+    assert run.step_count == 3
+
+
+def test_records_are_read_together(digits, tmp_path):
+    config = dataclasses.replace(TINY, log_every=5, checkpoint_every=100)
+    run, calls = trainer(config, digits), []
+    run_training(run, tmp_path, lambda record: calls.append((run.step_count, record["step"])))
+    assert [step for _, step in calls] == list(range(1, 13))
+    assert sorted({count for count, _ in calls}) == [5, 10, 12]
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in written] == [5, 10, 12]
+
+
 def test_an_interrupt_waits_for_the_step_and_saves(digits, tmp_path):
     run = trainer(TINY, digits)
     calm = trainer(TINY, digits)
@@ -138,6 +225,41 @@ def test_a_bad_step_is_refused_and_ten_stop_the_run(digits, tmp_path):
         run_training(run, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["loss"] == "nan" for line in lines)
+
+
+@pytest.mark.parametrize("nvp", [True, False])
+def test_a_refused_step_leaves_optimizer_and_averages_alone(digits, nvp):
+    run = trainer(dataclasses.replace(TINY, nvp=nvp), digits)
+    run.step()
+    names = ("model", "ema")
+    before = {name: {k: t.clone() for k, t in state(run, name).items()} for name in names}
+    moments = [{k: t.clone() for k, t in s.items()} for s in run.optimizer.state.values()]
+    good = run.batch
+    run.batch = lambda step: (good(step)[0] * float("nan"), good(step)[1])
+    assert run.step()["refused"]
+    for name in names:
+        assert_same(before[name], state(run, name))
+    for old, new in zip(moments, run.optimizer.state.values(), strict=True):
+        assert_same(old, new)
+    run.batch = good
+    assert not run.step()["refused"]
+    assert not torch.equal(run.ema["blocks.0.pos_embed"], before["ema"]["blocks.0.pos_embed"])
+
+
+def state(run, name):
+    return run.model.state_dict() if name == "model" else run.ema
+
+
+def test_ten_refused_steps_between_two_readings_stop_the_run(digits, tmp_path):
+    config = dataclasses.replace(TINY, steps=40, log_every=16, checkpoint_every=16)
+    run = trainer(config, digits)
+    good = run.batch
+    run.batch = lambda step: (good(step)[0] * (float("nan") if step >= 3 else 1), good(step)[1])
+    with pytest.raises(FloatingPointError, match="step 13: ten steps in a row"):
+        run_training(run, tmp_path)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(4, 14))
 
 
 def test_one_refused_step_does_not_stop_the_run(digits):

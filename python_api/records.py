@@ -1,0 +1,88 @@
+"""What a training run writes down: ``metrics.jsonl`` and, if installed, tensorboard."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from .checkpoint import write_whole
+
+
+def read_records(records: list[dict]) -> list[dict[str, float]]:
+    """Records of ``Trainer.step`` as numbers, in one transfer: the only wait for the device."""
+    names = ("loss", "grad_norm", "refused")
+    table = torch.stack([torch.stack([r[name].float() for name in names]) for r in records])
+    return [
+        {
+            "step": record["step"],
+            "loss": loss,
+            "bits_per_dim": _bits(loss),
+            "grad_norm": norm,
+            "lr": record["lr"],
+            "refused": int(refused),
+        }
+        for record, (loss, norm, refused) in zip(records, table.tolist(), strict=True)
+    ]
+
+
+class MetricsLog:
+    """Appends to ``metrics.jsonl`` in ``out``; records of steps after ``step``, which a resumed run
+    makes again, are dropped first.
+
+    Raises:
+        OSError: naming the file that could not be written.
+    """
+
+    def __init__(self, out: Path, step: int):
+        path = out / "metrics.jsonl"
+        _keep_records(path, step)
+        self._board = _tensorboard(out)
+        self._file = open(path, "a")  # noqa: SIM115
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, record: dict[str, float]) -> None:
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                self._board.add_scalar(name, value, record["step"])
+
+
+def _bits(loss: float) -> float:
+    """The loss leaves ``ln(2 pi) / 2`` out and counts images on [-1, 1]."""
+    return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2) + math.log2(128)
+
+
+def _finite(record: dict) -> dict:
+    """JSON has no NaN."""
+    return {k: v if math.isfinite(v) else str(v) for k, v in record.items()}
+
+
+def _keep_records(log: Path, step: int) -> None:
+    if not log.exists():
+        return
+    lines = log.read_text().splitlines()
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # cut short by a crash
+    write_whole(log, "".join(line + "\n" for line in kept).encode())
+
+
+def _tensorboard(out: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out / "tensorboard")
