@@ -2,10 +2,12 @@
 
 from ._version import __version__
 from .affine import affine_inverse, affine_update
-from .attention import causal_attention, causal_patch_attention
-from .gram import kernel_coupling, kernel_coupling_inverse, se_gram, se_gram_matmul
+from .attention import causal_attention
+from .coupling import kernel_coupling, kernel_coupling_inverse
+from .gram import se_gram, se_gram_matmul
 from .noise import make_rng, noise_normal, noise_uniform, noise_words
 from .padding import pad_noise
+from .patch_attention import causal_patch_attention
 
 __all__ = [
     "__version__",

@@ -1,12 +1,11 @@
-r"""Causal attention over patches, and the fused head of an autoregressive block.
+r"""Causal attention over patches.
 
     o_i = sum_{j <= i + S - T} softmax_j(scale q_i . k_j) v_j
-    z, logdet = affine_update(x, concat_heads(o) W^T + bias)
 
 with T queries, S >= T keys and values; the queries are the last T of S tokens.
 
 Source: Vaswani et al. (arXiv 1706.03762), eq. 1; Dao et al., "FlashAttention" (arXiv 2205.14135)
-for what is saved; Zhai et al. (arXiv 2412.06329), section 2.2 for the block.
+for what is saved.
 """
 
 import math
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .affine import affine_update_backward_reference, affine_update_reference, cpu_reason
 
 # --- reference -----------------------------------------------------------------------------------
 
@@ -45,18 +43,6 @@ def causal_attention_backward_reference(grad_o, q, k, v, o, lse, scale):
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
 
 
-def causal_patch_attention_reference(
-    q, k, v, weight, bias, x, reverse: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``causal_patch_attention`` in plain PyTorch."""
-    o = causal_attention_reference(q, k, v, scale)[0]
-    return affine_update_reference(x, _params(o, weight, bias), reverse)
-
-
-def _params(o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.nn.functional.linear(o.flatten(2), weight, bias)
-
-
 def _computing(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return tuple(t.to(dtype) for t in tensors)
@@ -72,7 +58,7 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 # --- registration --------------------------------------------------------------------------------
 
 
-def _attention_flops(q, k, *_) -> int:
+def attention_flops(q, k, *_) -> int:
     """Two products over the pairs a query may see."""
     (B, T, H, D), S = q, k[1]
     return 4 * B * H * D * (T * S - T * (T - 1) // 2)
@@ -80,52 +66,24 @@ def _attention_flops(q, k, *_) -> int:
 
 @dispatch.define_op(
     "causal_attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    _attention_flops,
+    attention_flops,
 )
 def _(q, k, v, scale):
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=_lse_dtype(q))
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=lse_dtype(q))
 
 
 @dispatch.define_op(
     "causal_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
     " float scale) -> (Tensor, Tensor, Tensor)",
-    lambda grad_o, q, k, *_: _attention_flops(q, k) * 5 // 2,
+    lambda grad_o, q, k, *_: attention_flops(q, k) * 5 // 2,
 )
 def _(grad_o, q, k, v, o, lse, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@dispatch.define_op(
-    "causal_patch_attention(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor bias, Tensor x,"
-    " bool reverse, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda q, k, v, weight, *_: _attention_flops(q, k) + 2 * q[0] * q[1] * weight[0] * weight[1],
-)
-def _(q, k, v, weight, bias, x, reverse, scale):
-    B, T, H, _ = q.shape
-    lse_dtype = _lse_dtype(q)
-    logdet = x.new_empty(B, dtype=torch.promote_types(lse_dtype, _lse_dtype(x)))
-    return (
-        x.new_empty(x.shape),
-        logdet,
-        q.new_empty(q.shape),
-        q.new_empty((B, H, T), dtype=lse_dtype),
-    )
-
-
-@dispatch.define_op(
-    "causal_patch_attention_backward(Tensor grad_z, Tensor grad_logdet, Tensor q, Tensor k,"
-    " Tensor v, Tensor weight, Tensor bias, Tensor x, Tensor o, Tensor lse, bool reverse,"
-    " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_z, grad_logdet, q, k, v, weight, *_: (
-        _attention_flops(q, k) * 5 // 2 + 6 * q[0] * q[1] * weight[0] * weight[1]
-    ),
-)
-def _(grad_z, grad_logdet, q, k, v, weight, bias, x, o, lse, reverse, scale):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v, weight, bias, x))
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """That of the log-sum-exp."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -143,7 +101,8 @@ def _(*args):
     return tuple(g.contiguous() for g in causal_attention_backward_reference(*args))
 
 
-def _has_sdpa(scale: float) -> str | None:
+def sdpa_reason(scale: float) -> str | None:
+    """Why PyTorch's kernel for the CPU can't run, or None."""
     if scale <= 0:
         return "PyTorch's flash attention needs a positive scale"
     if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
@@ -160,14 +119,14 @@ def _cpu_masking(q: Tensor, k: Tensor) -> tuple[bool, Tensor | None]:
     return False, torch.full((T, S), float("-inf"), dtype=q.dtype).triu(S - T + 1)
 
 
-def _dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """torch's op, called directly, takes a contiguous last dimension for granted."""
-    return tuple(t if t.stride(3) == 1 else t.contiguous() for t in tensors)
+def dense_columns(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The kernels, torch's among them, take a contiguous last dimension for granted."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-@dispatch.implement("causal_attention", "cpu", lambda *args: _has_sdpa(args[-1]))
+@dispatch.implement("causal_attention", "cpu", lambda *args: sdpa_reason(args[-1]))
 def _(q, k, v, scale):
-    q, k, v = _dense_rows(q, k, v)
+    q, k, v = dense_columns(q, k, v)
     causal, mask = _cpu_masking(q, k)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(t.transpose(1, 2) for t in (q, k, v)),
@@ -178,11 +137,11 @@ def _(q, k, v, scale):
     return o.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-@dispatch.implement("causal_attention_backward", "cpu", lambda *args: _has_sdpa(args[-1]))
+@dispatch.implement("causal_attention_backward", "cpu", lambda *args: sdpa_reason(args[-1]))
 def _(grad_o, q, k, v, o, lse, scale):
     # torch's backward in half precision is several times slower than its own in fp32.
     dtype = q.dtype
-    grad_o, q, k, v, o = _dense_rows(*_computing(grad_o, q, k, v, o))
+    grad_o, q, k, v, o = dense_columns(*_computing(grad_o, q, k, v, o))
     causal, mask = _cpu_masking(q, k)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(t.transpose(1, 2) for t in (grad_o, q, k, v, o)),
@@ -193,34 +152,35 @@ def _(grad_o, q, k, v, o, lse, scale):
     return tuple(g.transpose(1, 2).to(dtype).contiguous() for g in grads)
 
 
-def _composed(backend: str) -> None:
-    """``causal_patch_attention`` as a chain of this backend's ops."""
-
-    def supports(first: int):
-        """``first``: where q stands among the arguments."""
-        if backend == "reference":
-            return None
-        return lambda *args: _has_sdpa(args[-1]) or cpu_reason(args[first + 5], args[first + 3])
-
-    @dispatch.implement("causal_patch_attention", backend, supports(0))
-    def _(q, k, v, weight, bias, x, reverse, scale):
-        o, lse = torch.ops.flowops.causal_attention(q, k, v, scale, backend)
-        z, logdet = torch.ops.flowops.affine_update(x, _params(o, weight, bias), reverse, backend)
-        return z, logdet, o, lse
-
-    @dispatch.implement("causal_patch_attention_backward", backend, supports(2))
-    def _(grad_z, grad_logdet, q, k, v, weight, bias, x, o, lse, reverse, scale):
-        grad_x, grad_params = torch.ops.flowops.affine_update_backward(
-            grad_z, grad_logdet, x, _params(o, weight, bias), reverse, backend
-        )
-        grad_o = (grad_params @ weight).view(o.shape)
-        grad_weight = grad_params.flatten(0, 1).mT @ o.flatten(2).flatten(0, 1)
-        grads = torch.ops.flowops.causal_attention_backward(grad_o, q, k, v, o, lse, scale, backend)
-        return *grads, grad_weight.contiguous(), grad_params.sum((0, 1)), grad_x
+def triton_reason(q: Tensor, *others: Tensor) -> str | None:
+    """Why the Triton kernels can't take these tensors, or None."""
+    if q.shape[3] > 128:
+        return f"heads of width {q.shape[3]} are wider than the Triton kernels' 128"
+    return dispatch.triton_dtype_reason(q, *others)
 
 
-_composed("reference")
-_composed("cpu")
+def triton_precision() -> str:
+    """How fp32 products are made: three TF32 products give fp32's accuracy; one is what the user
+    allows with ``torch.set_float32_matmul_precision``."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@dispatch.implement("causal_attention", "triton", lambda q, *_: triton_reason(q))
+def _(q, k, v, scale):
+    from .kernels.attention import causal_attention_fwd
+
+    return causal_attention_fwd(*dense_columns(q, k, v), scale, triton_precision())
+
+
+@dispatch.implement("causal_attention_backward", "triton", lambda grad_o, q, *_: triton_reason(q))
+def _(grad_o, q, k, v, o, lse, scale):
+    from .kernels.attention_backward import causal_attention_bwd
+
+    grad_o, q, k, v = dense_columns(grad_o, q, k, v)
+    return causal_attention_bwd(grad_o, q, k, v, o, lse, scale, triton_precision())
+
 
 # --- autograd ------------------------------------------------------------------------------------
 
@@ -246,43 +206,6 @@ class CausalAttentionFunction(torch.autograd.Function):
                 grad_o, q, k, v, o, lse, ctx.scale, ctx.backend
             )
         return *grads, None, None
-
-
-class CausalPatchAttentionFunction(torch.autograd.Function):
-    """As ``CausalAttentionFunction``; the affine parameters are computed again from o."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, weight, bias, x, reverse, scale, backend):
-        z, logdet, o, lse = torch.ops.flowops.causal_patch_attention(
-            q, k, v, weight, bias, x, reverse, scale, backend
-        )
-        ctx.save_for_backward(q, k, v, weight, bias, x, o, lse)
-        ctx.reverse, ctx.scale, ctx.backend = reverse, scale, backend
-        return z, logdet
-
-    @staticmethod
-    def backward(ctx, grad_z, grad_logdet):
-        *inputs, o, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return (
-                *_patch_backward_reference(grad_z, grad_logdet, *inputs, ctx.reverse, ctx.scale),
-                *(None, None, None),
-            )
-        grads = torch.ops.flowops.causal_patch_attention_backward(
-            grad_z, grad_logdet, *inputs, o, lse, ctx.reverse, ctx.scale, ctx.backend
-        )
-        return *grads, None, None, None
-
-
-def _patch_backward_reference(grad_z, grad_logdet, q, k, v, weight, bias, x, reverse, scale):
-    o, lse = causal_attention_reference(q, k, v, scale)
-    grad_x, grad_params = affine_update_backward_reference(
-        grad_z, grad_logdet, x, _params(o, weight, bias), reverse
-    )
-    grad_o = (grad_params @ weight).view(o.shape)
-    grads = causal_attention_backward_reference(grad_o, q, k, v, o, lse, scale)
-    grad_weight = torch.einsum("btp,btw->pw", grad_params, o.flatten(2))
-    return *grads, grad_weight, grad_params.sum((0, 1)), grad_x
 
 
 # --- public --------------------------------------------------------------------------------------
@@ -314,65 +237,13 @@ def causal_attention(
     """
     dispatch.check_backend(backend)
     dispatch.check_floating(q=q, k=k, v=v)
-    q, k, v = _autocast(q, k, v)
-    scale = _check_attention(q, k, v, scale)
+    q, k, v = autocast(q, k, v)
+    scale = check_attention(q, k, v, scale)
     return CausalAttentionFunction.apply(q, k, v, scale, backend)
 
 
-def causal_patch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    *,
-    reverse: bool = False,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """``affine_update(x, concat_heads(causal_attention(q, k, v)) @ weight.T + bias)`` as one op.
-
-    Arithmetic as in the ops it joins. Under autocast all but x are cast to its dtype.
-
-    Args:
-        q, k, v: as in ``causal_attention``, with S = T.
-        weight: ``[2C, H * D]``, rows of the log-scales first; or ``[C, H * D]``, shifts alone.
-        bias: ``[2C]`` or ``[C]``.
-        x: ``[B, T, C]``; its token order as in ``affine_update``.
-        reverse, scale, backend: as in ``affine_update`` and ``causal_attention``.
-
-    Returns:
-        ``z [B, T, C]`` and ``logdet [B]`` in nats, as ``affine_update``.
-
-    Raises:
-        As the two ops.
-
-    Source: arXiv 2412.06329, section 2.2.
-    """
-    dispatch.check_backend(backend)
-    dispatch.check_floating(q=q, k=k, v=v, weight=weight, bias=bias, x=x)
-    q, k, v, weight, bias = _autocast(q, k, v, weight, bias)
-    scale = _check_attention(q, k, v, scale)
-    B, T, H, D = q.shape
-    if k.shape[1] != T:
-        raise ValueError(f"k: expected as many tokens as q ({T}), got {k.shape[1]}")
-    if x.ndim != 3 or x.shape[:2] != (B, T) or x.shape[2] < 1:
-        raise ValueError(f"x: expected [{B}, {T}, C] for q of {list(q.shape)}, got {list(x.shape)}")
-    C = x.shape[2]
-    if weight.ndim != 2 or weight.shape[1] != H * D or weight.shape[0] not in (C, 2 * C):
-        raise ValueError(
-            f"weight: expected [{2 * C}, {H * D}] or [{C}, {H * D}], got {list(weight.shape)}"
-        )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: expected {q.dtype} like q, got {tensor.dtype}")
-    return CausalPatchAttentionFunction.apply(q, k, v, weight, bias, x, reverse, scale, backend)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, but for fp64."""
     device_type = tensors[0].device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(
         device_type
@@ -382,7 +253,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
+    """Checks what both attention ops take; returns the scale."""
     if q.ndim != 4 or 0 in q.shape:
         raise ValueError(f"q: expected a non-empty [B, T, H, D], got {list(q.shape)}")
     B, T, H, D = q.shape

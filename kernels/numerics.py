@@ -10,16 +10,19 @@ COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 @triton.jit
 def exponential(x):
-    """exp(x). The hardware's exp2 is good to 2 ulp, but ``x log2(e)`` rounds in proportion to x;
-    what that product lost is put back to first order. [same shape as x]"""
+    """exp(x), any shape. The hardware's exp2 is good to 2 ulp, but ``x log2(e)`` rounds in
+    proportion to x: what the product lost is found from halves whose products are exact, and put
+    back to first order."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    log2e: tl.constexpr = 1.4426950408889634
-    high = x * log2e
-    low = tl.fma(x, tl.full(x.shape, log2e, tl.float32), -high)
-    low += x * 1.92596298909109e-08  # log2(e) less its own rounding to fp32
-    power = tl.exp2(high)
-    # An infinite or vanished power must not meet the correction: inf * 0 is NaN.
-    return tl.where(
-        (high > -126.0) & (high < 128.0), power + power * (low * 0.6931471805599453), power
-    )
+    else:
+        log2e: tl.constexpr = 1.4426950408889634
+        log2e_high: tl.constexpr = 1.4423828125  # 12 bits
+        log2e_low: tl.constexpr = 0.00031222839606925845
+        high = x * log2e
+        x_high = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)  # 12 bits
+        low = (x_high * log2e_high - high) + (x_high * log2e_low + (x - x_high) * log2e)
+        power = tl.exp2(high)
+        # An infinite or vanished power must not meet the correction: inf * 0 is NaN.
+        correct = (high > -126.0) & (high < 128.0)
+        return tl.where(correct, power + power * (low * 0.6931471805599453), power)

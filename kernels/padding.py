@@ -15,7 +15,8 @@ TABLE["pad_noise_fwd"] = {"default": [row(4, BLOCK=256)]}
 def _scale(scale, IN_MEMORY: tl.constexpr, COMPUTE: tl.constexpr):
     if IN_MEMORY:
         return tl.load(scale).to(COMPUTE)
-    return tl.full((), scale, COMPUTE)
+    else:
+        return tl.full((), scale, COMPUTE)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 import flowops
-from flowops import affine, attention, dispatch, gram, padding
+from flowops import affine, attention, coupling, dispatch, gram, padding, patch_attention
 
 #: Instruction sets of the native kernels here, and all that an op can be tested on.
 ISAS = dispatch.native().isas() if dispatch.backend_state("cpu")[0] else []
@@ -110,7 +110,7 @@ def cases() -> Iterator[Case]:
         lambda *t, backend="auto": flowops.causal_patch_attention(
             *t, reverse=True, scale=0.3, backend=backend
         ),
-        lambda *t: attention.causal_patch_attention_reference(*t, True, 0.3),
+        lambda *t: patch_attention.causal_patch_attention_reference(*t, True, 0.3),
         (*[(2, 4, 2, 8)] * 3, (6, 16), (6,), (2, 4, 3)),
     )
     for kernel in gram.KERNELS:
@@ -136,7 +136,7 @@ def cases() -> Iterator[Case]:
                 yield gram_case(
                     name,
                     getattr(flowops, name),
-                    getattr(gram, f"{name}_reference"),
+                    getattr(coupling if "coupling" in name else gram, f"{name}_reference"),
                     keys.split(),
                     tag,
                     kernel,

@@ -1,0 +1,185 @@
+"""Compiles the Triton kernels to machine code with no GPU: ``python tests/aot.py FAMILY``.
+
+Every launcher is called on tensors without data, for all rows of the launch table, and Triton's own
+road from a launch to a binary is followed up to the launch itself. Prints one JSON object: for each
+kernel, dtype and launch what the assembler says of it.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from flowops.kernels import affine, attention, launch, padding, patch_attention
+from flowops.kernels.attention_backward import causal_attention_bwd
+from flowops.kernels.noise import noise_fwd
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Matrix instructions, as the assembly spells them.
+MATRIX = {
+    "mma.sync": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05.mma": r"\btcgen05\.mma",
+    "mfma": r"\bv_mfma",
+}
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+class NoDriver:
+    """Stands in for the driver of a GPU that is not there."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Launchers with tensors, under the name of what they are called on."""
+    for dtype, (B, T, C) in (
+        *((FP32, (64, 49, 16)), (FP32, (16, 1024, 12)), (FP32, (16, 256, 192))),
+        *((BF16, (16, 1024, 12)), (FP64, (16, 1024, 12))),
+    ):
+        x, logdet, compute = empty(B, T, C), empty(B), wide(dtype)
+        params = empty(B, T, 2 * C, dtype=dtype)
+        for inverse in (False, True):
+            name = f"{dtype} {T}x{C} {'inverse' if inverse else 'update'}"
+            yield name, partial(affine.affine_fwd, x, params, False, inverse, compute)
+            yield name, partial(affine.affine_bwd, x, logdet, x, params, True, inverse, compute)
+    rng, scale = empty(2, dtype=torch.int64), torch.tensor(2.0)
+    for kind in ("words", "uniform", "normal"):
+        yield kind, partial(noise_fwd, rng, 65536, 64, kind)
+    for dtype, width in ((FP32, 62), (FP32, 63), (BF16, 62), (FP64, 62)):
+        x = empty(65536, 63, dtype=dtype)[:, :width]
+        yield (
+            f"{dtype} {width}+2",
+            partial(padding.pad_noise_fwd, x, rng, 2, scale, scale, wide(dtype)),
+        )
+    yield from attention_calls()
+
+
+def attention_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Short and long sequences, then what wider heads and wider dtypes choose."""
+    for dtype, D, T, channels in (
+        *((BF16, 64, T, ()) for T in (32, 64, 128)),
+        *((BF16, 64, 256, (12,)), (BF16, 64, 1024, (12, 48)), (BF16, 128, 1024, (48,))),
+        *((BF16, 32, 1024, ()), (FP32, 64, 1024, ()), (FP32, 128, 1024, ())),
+        *((FP32, 32, 1024, ()), (FP64, 64, 1024, ())),
+    ):
+        H = 768 // D
+        q, k, v = empty(16, T, 3, H, D, dtype=dtype).unbind(2)
+        o, lse = empty(16, T, H, D, dtype=dtype), empty(16, H, T, dtype=wide(dtype))
+        name, options = f"{dtype} T={T} D={D}", (0.125, "tf32x3")
+        yield name, partial(attention.causal_attention_fwd, q, k, v, *options)
+        yield name, partial(causal_attention_bwd, o, q, k, v, o, lse, *options)
+        for C in channels:
+            x, logdet = empty(16, T, C), empty(16)
+            weight, bias = empty(2 * C, H * D, dtype=dtype), empty(2 * C, dtype=dtype)
+            yield (
+                f"{name} C={C}",
+                partial(
+                    *(patch_attention.causal_patch_attention_fwd, q, k, v, weight, bias, x, False),
+                    *options,
+                ),
+            )
+            yield (
+                f"{name} C={C}",
+                partial(
+                    *(patch_attention.causal_patch_attention_bwd_params, x, logdet, q, weight),
+                    *(bias, x, o, False, "tf32x3"),
+                ),
+            )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return FP64 if dtype == FP64 else FP32
+
+
+def resources(kernel, target: GPUTarget) -> dict:
+    """Registers, stack and shared memory a program, and which matrix instructions it has."""
+    assembly = kernel.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    found = {"shared": kernel.metadata.shared}
+    found["matrix"] = sorted(name for name, form in MATRIX.items() if re.search(form, assembly))
+    if target.backend == "cuda":
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [tool, "--dump-resource-usage", file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+        found["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
+    else:
+        found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+        found["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
+    return found
+
+
+def compile_all(family: str) -> dict[str, dict]:
+    """What ``resources`` says of every launch that ``calls`` make, compiled for ``family``."""
+    target = TARGETS[family]
+    triton.runtime.driver.set_active(NoDriver(target))
+    launch.family_of = lambda device: family
+    run, compiled, used = JITFunction.run, {}, set()
+    names = {"call": ""}
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        tiles = {k: v for k, v in options.items() if k.startswith("BLOCK_") or k == "BLOCK"}
+        tiles |= {"warps": options["num_warps"], "stages": options["num_stages"]}
+        label = " ".join(f"{k}={v}" for k, v in tiles.items())
+        compiled[f"{self.fn.__name__} [{names['call']}] {label}"] = resources(kernel, target)
+
+    choose = launch.choose
+
+    def remember(kernel, family, sizes):
+        choice = choose(kernel, family, sizes)
+        used.add((kernel, choice))
+        return choice
+
+    JITFunction.run, launch.choose = compile_only, remember
+    for name, call in calls():
+        names["call"] = name.removeprefix("torch.")
+        try:
+            call()
+        except Exception as error:
+            compiled[f"{name}"] = {"error": f"{type(error).__name__}: {error}"}
+    own = {
+        (kernel, choice)
+        for kernel, rows in launch.TABLE.items()
+        for _, choice in rows.get(family, [])
+    }
+    return {"compiled": compiled, "unused": sorted(f"{k} {c}" for k, c in own - used)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1]), indent=1))
