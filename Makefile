@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench bench-overhead gpu gpu-ready gpu-sanitize lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a TarFlow on 5,000 digits, draw samples, measure (runs/demo/)"
 	@echo "make test    the whole test suite"
 	@echo "make bench   time ops and model against plain PyTorch, update the README's table"
+	@echo "make gpu     on a machine with a GPU: its tests, then the benchmark; ONLY='attention gram'"
 	@echo "make lint    formatting, lint and banned calls"
 
 # torch comes first and pinned: a range would let pip take a build for another device.
@@ -40,6 +41,39 @@ test: $(VENV)/test
 
 bench: $(VENV)/demo
 	$(BIN)/flowops bench --readme
+
+bench-overhead: $(VENV)/demo
+	$(BIN)/flowops bench overhead
+
+# The targets for a GPU use the Python that is there, with its packages, and no network. ONLY names
+# ops; without it the benchmark takes the first jobs of every op that fit into the budget.
+empty :=
+space := $(empty) $(empty)
+GPU_TESTS := -m pytest tests/gpu -o addopts="--import-mode=importlib -q"
+BUDGET ?= 240
+
+gpu-ready:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
+	{ echo "make gpu: $(PYTHON) has no PyTorch that sees a CUDA device here"; exit 1; }
+	@$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e . || \
+	$(PYTHON) -c 'import flowops.bench' || { echo "make gpu: flowops can't be installed"; exit 1; }
+
+# Status 5 of pytest: ONLY names an op without tests of its own on the GPU.
+gpu: gpu-ready
+	@status=0; \
+	$(PYTHON) $(GPU_TESTS) $(if $(strip $(ONLY)),-k "$(subst $(space), or ,$(strip $(ONLY)))"); \
+	tests=$$?; [ $$tests -eq 0 ] || [ $$tests -eq 5 ] || status=1; \
+	$(PYTHON) -m flowops bench $(ONLY) --device cuda --budget $(BUDGET) || status=1; \
+	[ $$status -eq 0 ] || echo "make gpu: tests or gates failed, or an op got slower: see above"; \
+	exit $$status
+
+gpu-sanitize:
+	@command -v compute-sanitizer >/dev/null || \
+	{ echo "make gpu-sanitize: compute-sanitizer is not on PATH"; exit 1; }
+	@$(MAKE) --no-print-directory gpu-ready
+	@status=0; for tool in memcheck racecheck; do \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	$(PYTHON) $(GPU_TESTS) -k sanitize || status=1; done; exit $$status
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

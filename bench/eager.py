@@ -2,29 +2,46 @@
 
 The algorithm of the reference program, written for reading, with the habits that cost it time:
 flipped copies, a boolean mask, the shift by concatenation, a KV cache that grows by concatenation,
-and guidance in a pass of its own. Weights are those of a ``flowops.api.TarFlow``, shared.
+and guidance in a pass of its own. Weights are those of a ``flowops.api.TarFlow``, shared. Switches
+take back one habit of the training step after the other, to measure what each costs.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import flowops
 from flowops.api import TarFlow, patchify, unpatchify
 
 
 class EagerTarFlow:
-    """``forward`` and ``reverse`` of ``model``, computed plainly, on the model's own parameters."""
+    """``forward`` and ``reverse`` of ``model``, computed plainly, on the model's own parameters.
 
-    def __init__(self, model: TarFlow):
-        self.model = model
+    Args:
+        causal: flash attention that knows it is causal, instead of the boolean mask.
+        fused_affine: ``flowops.affine_update`` for shift, affine step and log-determinant.
+        compiled_blocks: ``torch.compile`` around each block.
+    """
+
+    def __init__(
+        self,
+        model: TarFlow,
+        causal: bool = False,
+        fused_affine: bool = False,
+        compiled_blocks: bool = False,
+    ):
+        self.model, self.causal, self.fused_affine = model, causal, fused_affine
         T = model.num_patches
         self.mask = torch.tril(torch.ones(T, T, device=model.var.device))
+        self.block = self._block
+        if compiled_blocks:
+            self.block = torch.compile(self._block, dynamic=False)
 
     def forward(self, x: Tensor, y: Tensor | None = None):
         x = patchify(x, self.model.patch_size)
         outputs, logdets = [], torch.zeros((), device=x.device)
         for block in self.model.blocks:
-            x, logdet = self._block(block, x, y)
+            x, logdet = self.block(block, x, y)
             logdets = logdets + logdet
             outputs.append(x)
         return x, outputs, logdets
@@ -33,12 +50,16 @@ class EagerTarFlow:
         return 0.5 * z.pow(2).mean() - logdets.mean()
 
     def _block(self, block, x, y):
+        raster = x
         x = x.flip(1) if block.reverse else x
         position = block.pos_embed.flip(0) if block.reverse else block.pos_embed
         h = block.proj_in(x) + position + _class_embedding(block, y)
         for layer in block.attn_blocks:
             h = self._layer(layer, h, self.mask, None)
         params = block.proj_out(h)
+        if self.fused_affine:
+            z, logdet = flowops.affine_update(raster, params, reverse=block.reverse)
+            return z, logdet / x[0].numel()
         params = torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
         a, b = params.chunk(2, dim=-1)
         z = (x - b) * (-_wide(a)).exp().type(a.dtype)
@@ -55,11 +76,13 @@ class EagerTarFlow:
             cache.append((k, v))
             k = torch.cat([k for k, _ in cache], dim=2)
             v = torch.cat([v for _, v in cache], dim=2)
+        causal = self.causal and mask is not None
         o = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if mask is None else mask.bool(),
+            attn_mask=None if mask is None or causal else mask.bool(),
+            is_causal=causal,
             scale=attention.head_dim**-0.5 / temperature,
         )
         h = h + attention.proj(o.transpose(1, 2).reshape(B, T, W))

@@ -1,15 +1,24 @@
-"""TarFlow through flowops against the same model in plain eager PyTorch, in one run."""
+"""TarFlow through flowops against the same model in plain PyTorch, training and sampling."""
 
 import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flowops.api import TarFlow
 
+from .ceilings import Work
 from .eager import EagerTarFlow
-from .timing import Timing, gate, interleave
+from .job import DTYPES, OURS, Job, Missing, Spec
+from .timing import Timing, check_error, gate, interleave, relative_error
+from .upstream import load_upstream, upstream_model
+
+#: A whole model amplifies rounding by what its weights make of it.
+FACTOR = 10
 
 
 @dataclass(frozen=True)
@@ -28,35 +37,8 @@ class Comparison:
 def compare_training(
     model: TarFlow, x: Tensor, y: Tensor | None, precision: str = "fp32", seconds: float = 8.0
 ) -> Comparison:
-    """One training step: forward, backward, clipping and AdamW, each side as it is used. Works on
-    copies of the model."""
-    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
-    eager = EagerTarFlow(theirs)
-    error = _gate_density(model, x, y)
-    optimizers = (
-        torch.optim.AdamW(ours.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True),
-        torch.optim.AdamW(theirs.parameters(), lr=1e-5, betas=(0.9, 0.95)),
-    )
-
-    def step(forward, loss, parameters, optimizer):
-        optimizer.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            z, _, logdets = forward(x, y)
-            value = loss(z, logdets)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
-    timings = interleave(
-        {
-            "ours": lambda: step(ours, ours.loss, ours.parameters(), optimizers[0]),
-            "eager": lambda: step(eager.forward, eager.loss, theirs.parameters(), optimizers[1]),
-        },
-        seconds,
-    )
-    return Comparison(timings["ours"], timings["eager"], error)
+    """One training step, ours against eager, on a copy of the model."""
+    return _compare(TrainingJob(copy.deepcopy(model), x, y, precision), seconds)
 
 
 def compare_sampling(
@@ -67,37 +49,291 @@ def compare_sampling(
     seconds: float = 8.0,
 ) -> Comparison:
     """Exact sampling from the same noise."""
-    eager = EagerTarFlow(model)
-    golden = EagerTarFlow(copy.deepcopy(model).double()).reverse(noise.double(), y, guidance)
-    error = gate(
-        "sampling",
-        model.reverse(noise, y, guidance),
-        eager.reverse(noise, y, guidance),
-        golden,
-        torch.float32,
-        factor=10,
-    )
+    return _compare(SamplingJob(model, noise, y, guidance), seconds)
 
-    def wait(images: Tensor):
-        if images.is_cuda:
+
+def _compare(job: Job, seconds: float) -> Comparison:
+    error = job.check(OURS)
+    job.release()
+
+    def call(name):
+        job.call(name, ())
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    timings = interleave(
-        {
-            "ours": lambda: wait(model.reverse(noise, y, guidance)),
-            "eager": lambda: wait(eager.reverse(noise, y, guidance)),
-        },
-        seconds,
-        warmup=1,
-    )
-    return Comparison(timings["ours"], timings["eager"], error)
+    timings = interleave({name: partial(call, name) for name in (OURS, "eager")}, seconds, warmup=1)
+    return Comparison(timings[OURS], timings["eager"], error)
 
 
-@torch.no_grad()
-def _gate_density(model: TarFlow, x: Tensor, y: Tensor | None) -> float:
-    golden = EagerTarFlow(copy.deepcopy(model).double()).forward(x.double(), y)
-    plain, ours = EagerTarFlow(model).forward(x, y), model(x, y)
-    return max(
-        gate(name, ours[i], plain[i], golden[i], torch.float32, factor=10)
-        for name, i in (("z", 0), ("logdet", 2))
+# --- what a model must do ------------------------------------------------------------------------
+
+
+def _sizes(model: TarFlow) -> tuple[int, int, int, int]:
+    """Attention layers, width, weights in products, tokens."""
+    layers = sum(len(block.attn_blocks) for block in model.blocks)
+    products = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
     )
+    return layers, model.config["channels"], products, model.num_patches
+
+
+def training_work(model: TarFlow, B: int, precision: str) -> Work:
+    """Two operations a weight and token forward and four backward, attention over the causal pairs
+    (2.5 times that backward), and AdamW's three states, weights and gradients once in and out."""
+    layers, width, products, T = _sizes(model)
+    linear, attention = 2 * products * T * B, 4 * width * layers * B * T * (T + 1) // 2
+    heads = width // model.config["head_dim"]
+    return Work(
+        bytes=32 * sum(p.numel() for p in model.parameters()),
+        flops=3 * linear + attention * 7 // 2,
+        exps=2 * layers * heads * B * T * (T + 1) // 2,
+        product=precision,
+    )
+
+
+def sampling_work(model: TarFlow, B: int, guidance: float, precision: str = "fp32") -> Work:
+    """Token by token: every weight for every token, and keys and values of all tokens so far.
+    Guidance asks twice, and shares the weights."""
+    layers, width, products, T = _sizes(model)
+    size, asked = DTYPES[precision].itemsize, B * (2 if guidance > 0 else 1)
+    seen = T * (T - 1) // 2
+    return Work(
+        bytes=size * ((T - 1) * products + 2 * layers * width * asked * seen),
+        flops=asked * (2 * products * (T - 1) + 4 * layers * width * seen),
+        exps=asked * layers * (width // model.config["head_dim"]) * seen,
+        product=precision,
+    )
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class TrainingJob(Job):
+    """Forward, backward, clipping and AdamW, each side as it is used. All providers train the one
+    model they are given; ``gated`` images go through the gate (fp64 may not fit for more)."""
+
+    inputs = ()
+
+    def __init__(self, model, x, y, precision="fp32", gated: int | None = None):
+        self.model, self.x, self.y, self.precision = model, x, y, precision
+        self.gated = gated or len(x)
+        self.work = training_work(model, len(x), precision)
+        self.precisions: dict[str, str] = {}
+        eager = EagerTarFlow(model)
+        self.providers = {
+            OURS: (model, model.loss, True),
+            "eager": (eager.forward, eager.loss, False),
+        }
+        self._optimizers: dict[bool, torch.optim.Optimizer] = {}
+        self._golden = None
+
+    def add(self, name: str, forward, loss: Callable, fused=False, precision: str | None = None):
+        """Another provider: its forward, its loss, and whether AdamW is fused."""
+        self.providers[name] = (forward, loss, fused)
+        self.precisions[name] = precision or self.precision
+
+    def call(self, name: str, inputs=()) -> None:
+        forward, loss, fused = self.providers[name]
+        optimizer = self._optimizer(fused)
+        optimizer.zero_grad()
+        self._backward(name, forward, loss, self.x, self.y)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        optimizer.step()
+
+    def _optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        """One for all who use it so, or many models' states would fill the memory."""
+        if fused not in self._optimizers:
+            options = {"fused": True} if fused else {}
+            # A rate of zero does the same work, and leaves all providers the same weights.
+            self._optimizers[fused] = torch.optim.AdamW(
+                self.model.parameters(), lr=0.0, betas=(0.9, 0.95), **options
+            )
+        return self._optimizers[fused]
+
+    def _backward(self, name: str, forward, loss, x, y) -> tuple[Tensor, Tensor]:
+        bf16 = self.precisions.get(name, self.precision) == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            z, _, logdets = forward(x, y)
+            value = loss(z, logdets)
+        value.backward()
+        return z.detach(), logdets.detach()
+
+    def check(self, name: str) -> float:
+        if self._golden is None:
+            double = copy.deepcopy(self.model).double()
+            eager = EagerTarFlow(double)
+            golden = self._gradients("fp64", eager.forward, eager.loss, double, torch.float64)
+            del double, eager
+            forward, loss, _ = self.providers["eager"]
+            plain = self._gradients("eager", forward, loss, self.model, self.x.dtype)
+            self._golden = golden, _worst(plain, golden)
+        golden, plain = self._golden
+        forward, loss, _ = self.providers[name]
+        error = _worst(self._gradients(name, forward, loss, self.model, self.x.dtype), golden)
+        if name == OURS:
+            dtype = DTYPES[self.precision]
+            for what, ours, theirs in zip(("z", "logdet", "gradients"), error, plain, strict=True):
+                check_error(what, ours, theirs, dtype, FACTOR)
+        return max(error)
+
+    def _gradients(self, name, forward, loss, model, dtype) -> tuple[Tensor, ...]:
+        """z, logdet and the gradients of all parameters."""
+        model.zero_grad()
+        y = None if self.y is None else self.y[: self.gated]
+        z, logdets = self._backward(name, forward, loss, self.x[: self.gated].to(dtype), y)
+        # The compiler may leave a parameter without a gradient where it is zero.
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        model.zero_grad()
+        return (z, logdets, *grads)
+
+    def release(self) -> None:
+        self._golden = None
+
+
+def _worst(actual: tuple[Tensor, ...], golden: tuple[Tensor, ...]) -> tuple[float, float, float]:
+    """Relative errors of z, of the log-determinant, and the largest of all gradients."""
+    z, logdet, *grads = (relative_error(a, g) for a, g in zip(actual, golden, strict=True))
+    return z, logdet, max(grads)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+class SamplingJob(Job):
+    """Exact sampling: all providers turn the same noise into images."""
+
+    inputs = ()
+
+    def __init__(self, model, noise, y, guidance=0.0):
+        self.model, self.noise, self.y, self.guidance = model, noise, y, guidance
+        self.work = sampling_work(model, len(noise), guidance)
+        eager = EagerTarFlow(model)
+        self.providers = {OURS: model.reverse, "eager": eager.reverse}
+        self._golden = None
+
+    @torch.no_grad()
+    def call(self, name: str, inputs=()) -> Tensor:
+        return self.providers[name](self.noise, self.y, self.guidance)
+
+    def check(self, name: str) -> float:
+        if self._golden is None:
+            double = EagerTarFlow(copy.deepcopy(self.model).double())
+            self._golden = (
+                double.reverse(self.noise.double(), self.y, self.guidance),
+                self.call("eager"),
+            )
+        golden, plain = self._golden
+        images = self.call(name)
+        if name != OURS:
+            return relative_error(images, golden)
+        return gate("images", images, plain, golden, torch.float32, FACTOR)
+
+    def release(self) -> None:
+        self._golden = None
+
+
+# --- the jobs of `flowops bench` -----------------------------------------------------------------
+
+
+def make_model(device: str, config: tuple, classes: int = 0) -> TarFlow:
+    """A TarFlow whose blocks are not the identity."""
+    torch.manual_seed(0)
+    model = TarFlow(*config, num_classes=classes).to(device)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+#: in_channels, img_size, patch_size, channels, num_blocks, layers_per_block
+DEMO = (1, 28, 4, 128, 4, 2)
+IMAGENET64 = (3, 64, 2, 768, 8, 8)
+
+
+def tarflow_specs(device: str, upstream: Path | None = None) -> Iterator[Spec]:
+    if device == "cpu":
+        cases = [("demo", DEMO, 10, 64, None, p) for p in ("fp32", "bf16")]
+        ladder = ("demo", DEMO, 10, 64, None, "fp32")
+    else:
+        cases = [("2-768-8-8, 64x64", IMAGENET64, 0, 16, 1, "bf16")]
+        ladder = ("2-768-8-8, 64x64", IMAGENET64, 0, 8, 1, "fp32")
+    for case in cases:
+        build = partial(training_job, device, *case[1:], upstream=upstream)
+        yield Spec("tarflow", "training step", f"{case[0]}, B={case[3]}", case[-1], build)
+    build = partial(ladder_job, device, *ladder[1:])
+    yield Spec("tarflow", "ladder of a step", f"{ladder[0]}, B={ladder[3]}", ladder[-1], build)
+
+
+def _images(device, config, classes, B) -> tuple[Tensor, Tensor | None]:
+    channels, size = config[:2]
+    x = torch.randn(B, channels, size, size, device=device)
+    return x, torch.randint(classes, (B,), device=device) if classes else None
+
+
+def training_job(device, config, classes, B, gated, precision, upstream=None) -> Job:
+    model = make_model(device, config, classes)
+    job = TrainingJob(model, *_images(device, config, classes, B), precision, gated)
+    if hasattr(model, "compile_blocks"):
+        name = f"{OURS}, compiled blocks"
+        ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # shares the weights
+        try:
+            ours.compile_blocks()
+            job.add(name, ours, ours.loss, fused=True)
+        except RuntimeError as error:
+            job.providers[name] = Missing(str(error))
+    # Block by block, as one graph of all layers takes minutes to compile and is no faster.
+    eager = EagerTarFlow(model, compiled_blocks=True)
+    job.add("eager, compiled blocks", eager.forward, eager.loss)
+    if upstream is None:
+        job.providers["upstream"] = Missing("no --upstream DIR")
+    else:
+        cls = load_upstream(upstream)
+        plain, other = upstream_model(cls, model), upstream_model(cls, model)
+        for block in other.blocks:
+            block.compile(dynamic=False)
+        job.add("upstream", plain, plain.get_loss)
+        job.add("upstream, compiled blocks", other, other.get_loss)
+    return job
+
+
+def ladder_job(device, config, classes, B, gated, precision) -> Job:
+    """Each rung adds one thing to the rung before it."""
+    model = make_model(device, config, classes)
+    job = TrainingJob(model, *_images(device, config, classes, B), precision, gated)
+    switches = {}
+    for rung, switch in (
+        ("+ causal flash attention", "causal"),
+        ("+ fused affine and log-det", "fused_affine"),
+        ("+ compiled blocks", "compiled_blocks"),
+    ):
+        switches[switch] = True
+        rungs = EagerTarFlow(model, **switches)
+        job.add(rung, rungs.forward, rungs.loss)
+    job.add("+ bf16", rungs.forward, rungs.loss, precision="bf16")
+    return job
+
+
+def sampling_specs(device: str, upstream: Path | None = None) -> Iterator[Spec]:
+    small = [(f"4x{n} layers", (*DEMO[:5], n), 10) for n in (2, 4)]
+    if device == "cpu":
+        cases = [(*small[0], 32, 0.0), (*small[0], 100, 1.0), (*small[1], 1, 0.0)]
+        cases += [(*small[1], 32, 0.0)]
+    else:
+        # One block of the eight of the 64x64 model: they are alike, and eager takes its time.
+        large = ("one block of 2-768-8-8", (*IMAGENET64[:4], 1, 8), 0)
+        cases = [(*small[1], 1, 0.0), (*small[1], 32, 0.0), (*large, 16, 0.0), (*large, 64, 0.0)]
+    for name, config, classes, B, guidance in cases:
+        build = partial(sampling_job, device, config, classes, B, guidance, upstream)
+        job = "exact, guided" if guidance else "exact"
+        yield Spec("sampling", job, f"{name}, B={B}", "fp32", build)
+
+
+def sampling_job(device, config, classes, B, guidance, upstream=None) -> Job:
+    model = make_model(device, config, classes)
+    noise = torch.randn(B, model.num_patches, model.patch_channels, device=device)
+    labels = torch.arange(B, device=device) % classes if classes else None
+    job = SamplingJob(model, noise, labels, guidance)
+    if upstream is None:
+        job.providers["upstream"] = Missing("no --upstream DIR")
+    else:
+        job.providers["upstream"] = upstream_model(load_upstream(upstream), model).reverse
+    return job

@@ -1,10 +1,8 @@
-"""How a number is made: gate first, then interleaved runs, medians and ratios.
+"""How a number is made: the gate first, then interleaved runs and their percentiles.
 
-See docs/performance-notes.md for the rules.
+See docs/benchmarks.md for the rules. Needs torch alone.
 """
 
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import flowops
+_REPLAY_SECONDS = 5e-4  # a replay shorter than this is mostly the events around it
+_MOST_LAUNCHES = 256
+
+
+class GateError(AssertionError):
+    """A result that is not good enough to be timed."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,116 @@ def interleave(
     for _ in range(warmup):
         for call in calls.values():
             call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(spent.values()))) < 5:
+    for _ in _rounds(seconds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             spent[name].append(time.perf_counter() - start)
-    return {name: _percentiles(values) for name, values in spent.items()}
+    return {name: percentiles(values) for name, values in spent.items()}
 
 
-def _percentiles(values: list[float]) -> Timing:
+def interleave_on_gpu(
+    calls: dict[str, Callable[[], object]], seconds: float, warmup: int = 2
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """As ``interleave``: time between events on the stream, and time until the GPU is done."""
+    device: dict[str, list[float]] = {name: [] for name in calls}
+    whole: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    for _ in _rounds(seconds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start = time.perf_counter()
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            whole[name].append(time.perf_counter() - start)
+            device[name].append(begin.elapsed_time(end) / 1e3)
+    return tuple({name: percentiles(v) for name, v in spent.items()} for spent in (device, whole))
+
+
+def _rounds(seconds: float):
+    """Yields until ``seconds`` are over: at least five times, unless that takes four times as
+    long, and at least twice."""
+    start, count = time.perf_counter(), 0
+    while True:
+        spent = time.perf_counter() - start
+        if spent >= seconds and (count >= 5 or (count >= 2 and spent >= 4 * seconds)):
+            return
+        yield
+        count += 1
+
+
+def percentiles(values: list[float]) -> Timing:
     quantiles = torch.tensor(values, dtype=torch.float64).quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
     return Timing(*quantiles.tolist())
+
+
+# --- CUDA graphs ---------------------------------------------------------------------------------
+
+
+def rotating_copies(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """As many copies of the inputs (themselves the first) as it takes for a walk over them to leave
+    nothing of the first in the L2 cache."""
+    size = sum(t.numel() * t.element_size() for t in inputs)
+    cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size if inputs else 0
+    count = min(_MOST_LAUNCHES, 1 + 2 * cache // max(size, 1)) if size else 1
+    return [inputs, *(tuple(t.clone() for t in inputs) for _ in range(count - 1))]
+
+
+def capture(
+    call: Callable[[tuple[Tensor, ...]], object], copies: list[tuple[Tensor, ...]], estimate: float
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of one call on each copy, in turns, and how many calls it holds.
+
+    ``call`` must not wait for the GPU. It is warmed up on the stream it is captured on, so that
+    workspaces and compiled code exist before.
+    """
+    walk = len(copies) * max(estimate, 1e-6)
+    repeats = max(1, min(int(_REPLAY_SECONDS / walk) + 1, _MOST_LAUNCHES // len(copies)))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            call(copies[i % len(copies)])
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            for inputs in copies:
+                call(inputs)
+    return graph, repeats * len(copies)
+
+
+def interleave_graphs(
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], seconds: float
+) -> dict[str, Timing]:
+    """Device seconds a call, by replay in turns."""
+    replays = {name: graph.replay for name, (graph, _) in graphs.items()}
+    device, _ = interleave_on_gpu(replays, seconds)
+    return {
+        name: Timing(*(t / graphs[name][1] for t in (timing.p20, timing.median, timing.p80)))
+        for name, timing in device.items()
+    }
+
+
+def peak_memory(call: Callable[[], object]) -> float:
+    """Megabytes that ``call`` needs at once beyond what is allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+# --- gate ----------------------------------------------------------------------------------------
 
 
 def gate(
@@ -62,45 +161,29 @@ def gate(
     ``factor`` is the rule's 2 for one op. A whole model, above all a sampler, amplifies rounding by
     what its weights make of it, and two right programs differ by more than that.
     """
+    if actual.shape != golden.shape:
+        raise GateError(f"{name}: shape {list(actual.shape)}, expected {list(golden.shape)}")
+    scale = golden.abs().max().item()
+    error, plain = relative_error(actual, golden), relative_error(baseline, golden)
+    check_error(name, error, plain, dtype, factor, scale)
+    return error
+
+
+def check_error(name, error, plain, dtype, factor: float = 2, scale: float = 1.0) -> None:
+    """The tolerance rule on relative errors. A baseline far from golden would excuse anything, so
+    it is a failure of its own."""
+    if not plain <= 0.05:
+        raise GateError(f"{name}: the baseline itself is off by {plain:.2e}: not timed")
+    allowed = factor * plain + 2 * torch.finfo(dtype).eps
+    if not error <= allowed:
+        raise GateError(
+            f"{name}: error {error * scale:.2e}, allowed {allowed * scale:.2e}: not timed"
+        )
+
+
+def relative_error(actual: Tensor, golden: Tensor) -> float:
+    """Largest error over golden's largest value, or the error itself where golden is zero."""
     golden = golden.double()
     scale = golden.abs().max().item()
     error = (actual.double() - golden).abs().max().item()
-    allowed = factor * (baseline.double() - golden).abs().max().item()
-    allowed += 2 * torch.finfo(dtype).eps * scale
-    if not error <= allowed:
-        raise AssertionError(f"{name}: error {error:.2e}, allowed {allowed:.2e}: not timed")
     return error / scale if scale else error
-
-
-def environment() -> dict[str, object]:
-    """What a reader needs to repeat a number."""
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "cores": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "flowops": flowops.__version__,
-        "isa": flowops.dispatch.backend_state("cpu")[1],
-        "git": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines())
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        model = f"family {fields['cpu family']} model {fields['model']}"
-        return f"{fields['model name']} ({model})"
-    except (OSError, KeyError, ValueError):
-        return platform.processor() or platform.machine()
-
-
-def _git(*args: str) -> str:
-    try:
-        result = subprocess.run(["git", *args], capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return result.stdout.strip()

@@ -18,7 +18,7 @@ commands:
   train    train a TarFlow on mnist, digits or a folder of images
   sample   draw images from a trained model
   eval     bits per dim and classification of a trained model on held-out images
-  bench    time the ops and the model against plain PyTorch
+  bench    time the ops and the model against what else there is, on the CPU or the GPU
   doctor   versions, devices, and which backends are usable and why
 
 `flowops COMMAND --help` lists the options.
@@ -99,10 +99,10 @@ def demo(argv: list[str]) -> None:
     run(tyro.cli(DemoConfig, prog="flowops demo", args=argv))
 
 
-def bench(argv: list[str]) -> None:
+def bench(argv: list[str]) -> int:
     from flowops.bench.run import main as run
 
-    run(argv)
+    return run(argv)
 
 
 def train(argv: list[str]) -> None:
