@@ -1,6 +1,6 @@
 """Causal attention on the GPU, forward: q, k, v ``[B, T, H, D]`` read in place through strides.
 
-Two shapes of kernel. Where all keys of a head fit on chip (``fits_on_chip``) attention is bound by
+Two shapes of kernel. Where all keys of a head fit on chip (the table says) attention is bound by
 memory, so one program owns a head, loads its k and v once and runs over its queries. Longer
 sequences run tile by tile with the running softmax of FlashAttention, the mask on the diagonal
 tiles alone. Query t sees the keys up to t + S - T.
@@ -14,10 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import TABLE, Launch, launch, row, start
+from .launch import TABLE, Launch, launch, row, serves, start
 from .numerics import COMPUTE
 
-# Sizes that the limits speak of: bytes of a padded row of k, and keys.
+# What the limits speak of: bytes of a row of k and of an element, keys, and keys times width.
+# The default rows fit the 99 KB of shared memory that the smallest GPUs from sm_80 on have.
 TABLE["causal_attention_fwd"] = {
     "default": [
         row(4, 2, BLOCK_M=64, BLOCK_N=64, limits={"row_bytes": 128}),
@@ -27,14 +28,16 @@ TABLE["causal_attention_fwd"] = {
     "sm90": [
         row(4, 3, BLOCK_M=64, BLOCK_N=64, limits={"row_bytes": 64}),
         row(8, 3, BLOCK_M=128, BLOCK_N=64, limits={"row_bytes": 128}),
+        row(8, 2, BLOCK_M=128, BLOCK_N=64, limits={"row_bytes": 256, "itemsize": 2}),
     ],
 }
+# Wider dtypes would spill: their products take three passes.
 TABLE["causal_attention_fwd_on_chip"] = {
     "default": [
-        row(4, 1, BLOCK_M=32, BLOCK_S=32, limits={"keys": 32}),
-        row(4, 1, BLOCK_M=64, BLOCK_S=64, limits={"keys": 64}),
-        row(8, 1, BLOCK_M=64, BLOCK_S=128, limits={"keys": 128}),
-        row(8, 1, BLOCK_M=64, BLOCK_S=256),
+        row(4, 1, BLOCK_M=32, BLOCK_S=32, limits={"itemsize": 2, "keys": 32}),
+        row(4, 1, BLOCK_M=64, BLOCK_S=64, limits={"itemsize": 2, "keys": 64}),
+        row(8, 1, BLOCK_M=64, BLOCK_S=128, limits={"itemsize": 2, "keys": 128}),
+        row(8, 1, BLOCK_M=64, BLOCK_S=256, limits={"itemsize": 2, "keys": 256, "area": 256 * 64}),
     ]
 }
 
@@ -180,11 +183,14 @@ def causal_attention_fwd_on_chip_kernel(
         tl.store(lse_ptr + head * T + query, (m + tl.log2(l)) * ln2, mask=query < T)
 
 
-def fits_on_chip(S: int, D: int, dtype: torch.dtype) -> bool:
-    """Whether one program can hold k and v of a head, and in backward their gradients too. Wider
-    dtypes would spill: their products take three passes."""
-    keys, width = (max(16, triton.next_power_of_2(n)) for n in (S, D))
-    return dtype.itemsize == 2 and keys <= 256 and keys * width <= 256 * 64
+def sizes_of(q: torch.Tensor, S: int, BLOCK_D: int) -> dict[str, int]:
+    """What the rows' limits speak of."""
+    return {
+        "row_bytes": BLOCK_D * q.element_size(),
+        "itemsize": q.element_size(),
+        "keys": S,
+        "area": S * BLOCK_D,
+    }
 
 
 def constants(q: torch.Tensor, precision: str) -> dict:
@@ -215,9 +221,8 @@ def causal_attention_fwd(q, k, v, scale: float, precision: str):
     precision is the ``input_precision`` of fp32 products: "tf32x3", "tf32" or "ieee"."""
     (B, T, H, _), S = q.shape, k.shape[1]
     shared = constants(q, precision)
-    row_bytes = shared["BLOCK_D"] * q.element_size()
-    sizes = {"row_bytes": row_bytes, "keys": S}
-    on_chip = fits_on_chip(S, q.shape[3], q.dtype)
+    sizes = sizes_of(q, S, shared["BLOCK_D"])
+    on_chip = serves("causal_attention_fwd_on_chip", q.device, sizes)
 
     def attempt(choice: Launch):
         o = q.new_empty(q.shape)

@@ -15,53 +15,76 @@ import triton.language as tl
 
 from .attention import (
     constants,
-    fits_on_chip,
     halves,
     load_rows,
     number,
+    sizes_of,
     store_rows,
     strides,
 )
-from .launch import TABLE, Launch, launch, row, start
+from .launch import TABLE, Launch, launch, row, serves, start
 
+_ON_CHIP = [
+    row(4, 1, BLOCK_M=32, BLOCK_S=32, limits={"itemsize": 2, "keys": 32, "area": 32 * 64}),
+    row(4, 1, BLOCK_M=32, BLOCK_S=64, limits={"itemsize": 2, "keys": 64, "area": 64 * 64}),
+    row(8, 1, BLOCK_M=32, BLOCK_S=128, limits={"itemsize": 2, "keys": 128, "area": 128 * 64}),
+]
+_WHOLE_SEQUENCE = row(
+    *(8, 1), BLOCK_M=32, BLOCK_S=256, limits={"itemsize": 2, "keys": 256, "row_bytes": 128}
+)
 TABLE["causal_attention_bwd_on_chip"] = {
-    "default": [
-        row(4, 1, BLOCK_M=32, BLOCK_S=32, limits={"keys": 32}),
-        row(4, 1, BLOCK_M=64, BLOCK_S=64, limits={"keys": 64}),
-        row(8, 1, BLOCK_M=32, BLOCK_S=128, limits={"keys": 128}),
-        row(8, 1, BLOCK_M=32, BLOCK_S=256),
-    ]
+    "default": _ON_CHIP,
+    "sm90": [*_ON_CHIP, _WHOLE_SEQUENCE],
+    "sm100": [*_ON_CHIP, _WHOLE_SEQUENCE],
 }
 TABLE["causal_attention_bwd_delta"] = {"default": [row(4, 1, BLOCK_M=32)]}
 TABLE["causal_attention_bwd_dkdv"] = {
     "default": [
-        row(4, 2, BLOCK_M=32, BLOCK_N=64, limits={"row_bytes": 128}),
-        row(8, 2, BLOCK_M=32, BLOCK_N=64, limits={"row_bytes": 256}),
-        row(8, 1, BLOCK_M=16, BLOCK_N=32),
+        row(4, 2, BLOCK_M=32, BLOCK_N=64, limits={"row_bytes": 128, "itemsize": 2}),
+        row(8, 2, BLOCK_M=32, BLOCK_N=64, limits={"row_bytes": 256, "itemsize": 2}),
+        row(8, 1, BLOCK_M=32, BLOCK_N=64, limits={"row_bytes": 128, "itemsize": 4}),
+        row(8, 1, BLOCK_M=32, BLOCK_N=32, limits={"row_bytes": 256, "itemsize": 4}),
+        row(8, 1, BLOCK_M=16, BLOCK_N=16, limits={"itemsize": 4}),
+        row(8, 1, BLOCK_M=16, BLOCK_N=32, limits={"row_bytes": 512}),
+        row(8, 1, BLOCK_M=16, BLOCK_N=16),
     ],
 }
 TABLE["causal_attention_bwd_dq"] = {
     "default": [
-        row(4, 2, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 128}),
-        row(8, 2, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 256}),
-        row(8, 1, BLOCK_M=32, BLOCK_N=16),
+        row(4, 2, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 128, "itemsize": 2}),
+        row(8, 2, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 256, "itemsize": 2}),
+        row(8, 1, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 128, "itemsize": 4}),
+        row(8, 1, BLOCK_M=32, BLOCK_N=32, limits={"row_bytes": 256, "itemsize": 4}),
+        row(8, 1, BLOCK_M=16, BLOCK_N=16, limits={"itemsize": 4}),
+        row(8, 1, BLOCK_M=32, BLOCK_N=16, limits={"row_bytes": 512}),
+        row(8, 1, BLOCK_M=16, BLOCK_N=16),
     ],
 }
 
 
 @triton.jit
 def _score_gradient(
-    q, k, v, grad_o, lse, delta, query, key, shift, scale,
+    q, k, v, grad_o, lse, delta, query, key, shift, scale, KEYS_FIRST: tl.constexpr,
     DIAGONAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p and dL/d(scale q.k), keys first: [BLOCK_N, BLOCK_M] each."""
+    """p and dL/d(scale q.k): [BLOCK_N, BLOCK_M] if KEYS_FIRST, else [BLOCK_M, BLOCK_N]. The
+    products that follow want them one way or the other."""
     log2e: tl.constexpr = 1.4426950408889634
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=COMPUTE)
-    p = tl.exp2(s * scale - (lse * log2e)[None, :])
-    if DIAGONAL:
-        p = tl.where(key[:, None] <= query[None, :] + shift, p, 0.0)
-    grad_p = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION, out_dtype=COMPUTE)
-    return p, p * (grad_p - delta[None, :])
+    lse = lse * log2e
+    if KEYS_FIRST:
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=COMPUTE)
+        p = tl.exp2(s * scale - lse[None, :])
+        if DIAGONAL:
+            p = tl.where(key[:, None] <= query[None, :] + shift, p, 0.0)
+        grad_p = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION, out_dtype=COMPUTE)
+        return p, p * (grad_p - delta[None, :])
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=COMPUTE)
+        p = tl.exp2(s * scale - lse[:, None])
+        if DIAGONAL:
+            p = tl.where(key[None, :] <= query[:, None] + shift, p, 0.0)
+        grad_p = tl.dot(grad_o, tl.trans(v), input_precision=PRECISION, out_dtype=COMPUTE)
+        return p, p * (grad_p - delta[:, None])
 
 
 @triton.jit
@@ -103,7 +126,7 @@ def causal_attention_bwd_on_chip_kernel(
         o = load_rows(o_ptr + rows, query, H * D, T, D, BLOCK_D, True)
         delta = tl.sum(o.to(COMPUTE) * grad_o.to(COMPUTE), axis=1)
         p, grad_s = _score_gradient(
-            q, k, v, grad_o, lse, delta, query, key, S - T, in_log, True, COMPUTE, PRECISION
+            q, k, v, grad_o, lse, delta, query, key, S - T, in_log, True, True, COMPUTE, PRECISION
         )
         grad_s = grad_s.to(q.dtype)
         grad_v = tl.dot(p.to(q.dtype), grad_o, grad_v, input_precision=PRECISION, out_dtype=COMPUTE)
@@ -147,8 +170,9 @@ def _gather_keys(
         )
         delta = tl.load(delta_ptr + query, mask=query < T, other=0.0)
         p, grad_s = _score_gradient(
-            q, k, v, grad_o, lse, delta, query, key, shift, in_log, DIAGONAL, COMPUTE, PRECISION
-        )
+            q, k, v, grad_o, lse, delta, query, key, shift, in_log,
+            True, DIAGONAL, COMPUTE, PRECISION,
+        )  # fmt: skip
         p, grad_s = p.to(q.dtype), grad_s.to(q.dtype)
         grad_v = tl.dot(p, grad_o, grad_v, input_precision=PRECISION, out_dtype=COMPUTE)
         grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION, out_dtype=COMPUTE)
@@ -209,10 +233,10 @@ def _gather_queries(
         k = load_rows(k_ptr, key, stride_kt, S, D, BLOCK_D, DIAGONAL)
         v = load_rows(v_ptr, key, stride_vt, S, D, BLOCK_D, DIAGONAL)
         _, grad_s = _score_gradient(
-            q, k, v, grad_o, lse, delta, query, key, shift, in_log, DIAGONAL, COMPUTE, PRECISION
-        )
-        grad_s = tl.trans(grad_s.to(k.dtype))
-        grad_q = tl.dot(grad_s, k, grad_q, input_precision=PRECISION, out_dtype=COMPUTE)
+            q, k, v, grad_o, lse, delta, query, key, shift, in_log,
+            False, DIAGONAL, COMPUTE, PRECISION,
+        )  # fmt: skip
+        grad_q = tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=PRECISION, out_dtype=COMPUTE)
     return grad_q
 
 
@@ -261,8 +285,7 @@ def causal_attention_bwd(grad_o, q, k, v, o, lse, scale: float, precision: str):
     the last dimensions of the others are contiguous."""
     (B, T, H, _), S = q.shape, k.shape[1]
     shared = constants(q, precision)
-    row_bytes = shared["BLOCK_D"] * q.element_size()
-    sizes = {"row_bytes": row_bytes, "keys": S}
+    sizes = sizes_of(q, S, shared["BLOCK_D"])
     scales = (*halves(scale), *halves(scale / math.log(2)))
     strided = strides(q, k, v, grad_o)
 
@@ -272,7 +295,7 @@ def causal_attention_bwd(grad_o, q, k, v, o, lse, scale: float, precision: str):
         start(causal_attention_bwd_on_chip_kernel, choice, B * H, args, **shared)
         return grads
 
-    if fits_on_chip(S, q.shape[3], q.dtype):
+    if serves("causal_attention_bwd_on_chip", q.device, sizes):
         return launch("causal_attention_bwd_on_chip", q.device, sizes, on_chip)
 
     def delta_pass(choice: Launch):

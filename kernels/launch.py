@@ -1,7 +1,8 @@
 """How a kernel is launched: tile sizes, warps and pipeline stages.
 
-``TABLE`` holds them per kernel and GPU family; the rows of ``"default"`` serve every other GPU. The
-first row whose limits hold for the sizes of the call is taken. ``FLOWOPS_AUTOTUNE=1`` times all
+``TABLE`` holds them per kernel and GPU family; the rows of ``"default"`` serve every other GPU, and
+sizes that a family has no row for. The first row whose limits hold for the sizes of the call is
+taken. ``FLOWOPS_AUTOTUNE=1`` times all
 rows of the kernel that can run on the call's sizes, once per kernel, family and sizes; without it
 nothing is ever timed, so that no first call stalls.
 """
@@ -58,12 +59,19 @@ def _family(index: int) -> str:
     return f"sm{10 * major}"
 
 
+def serves(kernel: str, device: torch.device, sizes: dict[str, int]) -> bool:
+    """Whether ``TABLE`` has a row of ``kernel`` for these sizes on this device."""
+    rows = TABLE[kernel]
+    rows = [*rows.get(family_of(device), []), *rows["default"]]
+    return any(_holds(limits, tuple(sizes.items())) for limits, _ in rows)
+
+
 @functools.cache
 def choose(kernel: str, family: str, sizes: tuple[tuple[str, int], ...]) -> Launch:
     """The launch of ``kernel`` for these sizes.
 
     Raises:
-        LookupError: if no row serves them; the kernel's launcher must not ask then.
+        LookupError: if no row serves them (``serves`` says so before).
     """
     rows = TABLE[kernel]
     for limits, launch in [*rows.get(family, []), *rows["default"]]:

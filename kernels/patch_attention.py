@@ -16,17 +16,20 @@ from .attention import attention_tile, constants, halves, load_rows, number, sto
 from .launch import TABLE, Launch, launch, row, start
 from .numerics import COMPUTE, exponential
 
+_HOPPER = [
+    row(4, 2, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 128, "channels": 16}),
+    row(8, 2, BLOCK_M=128, BLOCK_N=32, limits={"row_bytes": 128}),
+    row(8, 2, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 256}),
+]
 TABLE["causal_patch_attention_fwd"] = {
-    "default": [
-        row(4, 2, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 128, "channels": 16}),
-        row(8, 2, BLOCK_M=128, BLOCK_N=32, limits={"row_bytes": 128}),
-        row(8, 2, BLOCK_M=64, BLOCK_N=32, limits={"row_bytes": 256}),
-        row(8, 1, BLOCK_M=16, BLOCK_N=16),
-    ]
+    "default": [*_HOPPER[:2], row(8, 2, BLOCK_M=32, BLOCK_N=32)],
+    "sm90": _HOPPER,
+    "sm100": _HOPPER,
 }
 TABLE["causal_patch_attention_bwd_params"] = {
     "default": [
-        row(4, 2, BLOCK_M=64, limits={"row_bytes": 128}),
+        row(4, 2, BLOCK_M=64, limits={"row_bytes": 128, "channels": 16}),
+        row(8, 1, BLOCK_M=64, limits={"row_bytes": 128}),
         row(8, 1, BLOCK_M=32),
     ]
 }
