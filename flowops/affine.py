@@ -243,6 +243,9 @@ def _native_backward(kernel, grad_out, grad_logdet, x, params, reverse):
 
 # --- autograd ------------------------------------------------------------------------------------
 
+_UPDATE = torch.ops.flowops.affine_update.default
+_INVERSE = torch.ops.flowops.affine_inverse.default
+
 
 class AffineUpdateFunction(torch.autograd.Function):
     """Double backward goes through the reference formula, which is differentiable itself.
@@ -255,7 +258,7 @@ class AffineUpdateFunction(torch.autograd.Function):
     def forward(ctx, x, params, reverse, backend):
         ctx.save_for_backward(x, params)
         ctx.reverse, ctx.backend = reverse, backend
-        return torch.ops.flowops.affine_update(x, params, reverse, backend)
+        return _UPDATE(x, params, reverse, backend)
 
     @staticmethod
     def backward(ctx, grad_z, grad_logdet):
@@ -274,7 +277,7 @@ class AffineInverseFunction(torch.autograd.Function):
     def forward(ctx, z, params, reverse, backend):
         ctx.save_for_backward(z, params)
         ctx.reverse, ctx.backend = reverse, backend
-        return torch.ops.flowops.affine_inverse(z, params, reverse, backend)
+        return _INVERSE(z, params, reverse, backend)
 
     @staticmethod
     def backward(ctx, grad_x):
@@ -315,6 +318,8 @@ def affine_update(
     Source: arXiv 2412.06329, eq. 3-5.
     """
     _check(x, "x", params, backend)
+    if not dispatch.needs_grad(x, params):
+        return _UPDATE(x, params, reverse, backend)
     return AffineUpdateFunction.apply(x, params, reverse, backend)
 
 
@@ -338,6 +343,8 @@ def affine_inverse(
     Source: arXiv 2412.06329, eq. 3.
     """
     _check(z, "z", params, backend)
+    if not dispatch.needs_grad(z, params):
+        return _INVERSE(z, params, reverse, backend)
     return AffineInverseFunction.apply(z, params, reverse, backend)
 
 

@@ -239,6 +239,8 @@ def causal_attention(
     dispatch.check_floating(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     scale = check_attention(q, k, v, scale)
+    if not dispatch.needs_grad(q, k, v):
+        return torch.ops.flowops.causal_attention.default(q, k, v, scale, backend)[0]
     return CausalAttentionFunction.apply(q, k, v, scale, backend)
 
 

@@ -108,8 +108,8 @@ def ops() -> list[str]:
 def run(op: str, backend: str, *args):
     """Calls the implementation of ``op`` that ``backend`` selects. Autocast is off inside: every
     op states its own arithmetic."""
-    function = _select(op, backend, args)
     device_type = args[0].device.type
+    function = _select(op, backend, args, device_type)
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return function(*args)
@@ -171,6 +171,16 @@ def _gpu_state(backend: str, interpreted: bool) -> tuple[bool, str]:
     return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"
 
 
+def needs_grad(*tensors: torch.Tensor) -> bool:
+    """Whether a backward pass may follow. Where it can't, the op is called without its autograd
+    Function, which costs more than a small kernel does."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
+
+
 def native() -> ModuleType:
     """The module ``flowops._C``.
 
@@ -224,13 +234,14 @@ def triton_dtype_reason(*tensors: torch.Tensor) -> str | None:
     return None
 
 
-def _select(op: str, backend: str, args: tuple) -> Callable:
+def _select(op: str, backend: str, args: tuple, device_type: str) -> Callable:
     asked = backend if backend != "auto" else os.environ.get("FLOWOPS_BACKEND") or "auto"
     implementations = _IMPLEMENTATIONS[op]
     if asked == "auto":
-        for candidate in _AUTO.get(args[0].device.type, ("reference",)):
-            if candidate in implementations and _reason_against(op, candidate, args) is None:
-                return implementations[candidate][0]
+        for candidate in _AUTO.get(device_type, ("reference",)):
+            entry = implementations.get(candidate)
+            if entry is not None and _reason(candidate, device_type, entry[1], args) is None:
+                return entry[0]
     if asked not in BACKENDS:
         raise ValueError(f"FLOWOPS_BACKEND: expected 'auto' or one of {BACKENDS}, got {asked!r}")
     reason = _reason_against(op, asked, args)
@@ -243,21 +254,26 @@ def _reason_against(op: str, backend: str, args: tuple) -> str | None:
     entry = _IMPLEMENTATIONS[op].get(backend)
     if entry is None:
         return f"{op} has no {backend} kernel in this version"
+    return _reason(backend, args[0].device.type if args else None, entry[1], args)
+
+
+def _reason(
+    backend: str, device_type: str | None, supports: Callable | None, args: tuple
+) -> str | None:
+    """Why an implementation can't run, on ``args`` if there are any."""
     if backend == "reference":
         return None
-    if args:
-        on_cpu = backend == "cpu" or (backend == "triton" and interpreting())
-        if args[0].device.type != ("cpu" if on_cpu else "cuda"):
-            return f"its tensors are on {args[0].device}"
     if backend == "cpu":
+        needed = "cpu"
         module, reason = _load_native()
-        if module is None:
-            return reason
+        usable = module is not None
     else:
+        needed = "cpu" if backend == "triton" and interpreting() else "cuda"
         usable, reason = backend_state(backend)
-        if not usable:
-            return reason
-    supports = entry[1]
+    if device_type not in (needed, None):
+        return f"its tensors are on {args[0].device}"
+    if not usable:
+        return reason
     return supports(*args) if supports is not None and args else None
 
 

@@ -132,7 +132,11 @@ def pad_noise(
     data_scale = _as_scale("data_scale", data_scale)
     rows = x.reshape(-1, x.shape[-1])
     state = make_rng(rng, x.device)
-    out = PadNoiseFunction.apply(rows, state, pad, pad_scale, data_scale, backend)
+    args = (rows, state, pad, pad_scale, data_scale, backend)
+    if dispatch.needs_grad(rows, pad_scale, data_scale):
+        out = PadNoiseFunction.apply(*args)
+    else:
+        out = torch.ops.flowops.pad_noise.default(*args)
     return out.view(*x.shape[:-1], x.shape[-1] + pad)
 
 

@@ -238,4 +238,7 @@ def causal_patch_attention(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected {q.dtype} like q, got {tensor.dtype}")
-    return CausalPatchAttentionFunction.apply(q, k, v, weight, bias, x, reverse, scale, backend)
+    args = (q, k, v, weight, bias, x, reverse, scale, backend)
+    if not dispatch.needs_grad(*args[:6]):
+        return torch.ops.flowops.causal_patch_attention.default(*args)[:2]
+    return CausalPatchAttentionFunction.apply(*args)

@@ -1,8 +1,9 @@
 """Compiles the Triton kernels to machine code with no GPU: ``python tests/aot.py FAMILY``.
 
-Every launcher is called on tensors without data, for all rows of the launch table, and Triton's own
-road from a launch to a binary is followed up to the launch itself. Prints one JSON object: for each
-kernel, dtype and launch what the assembler says of it.
+Every launcher is called on tensors without data, so that all rows of the launch table are chosen,
+and Triton's own road from a launch to a binary is followed up to the launch itself. Prints one JSON
+object: for each kernel, dtype and launch what the assembler says of it.
+``python tests/aot.py --record`` writes all families' to tests/kernels/resources.json.
 """
 
 import json
@@ -59,7 +60,7 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+def calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launchers with tensors, under the name of what they are called on."""
     for dtype, (B, T, C) in (
         *((FP32, (64, 49, 16)), (FP32, (16, 1024, 12)), (FP32, (16, 256, 192))),
@@ -68,7 +69,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         x, logdet, compute = empty(B, T, C), empty(B), wide(dtype)
         params = empty(B, T, 2 * C, dtype=dtype)
         for inverse in (False, True):
-            name = f"{dtype} {T}x{C} {'inverse' if inverse else 'update'}"
+            name = f"{short(dtype)} {T}x{C} {'inverse' if inverse else 'update'}"
             yield name, partial(affine.affine_fwd, x, params, False, inverse, compute)
             yield name, partial(affine.affine_bwd, x, logdet, x, params, True, inverse, compute)
     rng, scale = empty(2, dtype=torch.int64), torch.tensor(2.0)
@@ -77,13 +78,13 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype, width in ((FP32, 62), (FP32, 63), (BF16, 62), (FP64, 62)):
         x = empty(65536, 63, dtype=dtype)[:, :width]
         yield (
-            f"{dtype} {width}+2",
+            f"{short(dtype)} {width}+2",
             partial(padding.pad_noise_fwd, x, rng, 2, scale, scale, wide(dtype)),
         )
-    yield from attention_calls()
+    yield from attention_calls(precision)
 
 
-def attention_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+def attention_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Short and long sequences, then what wider heads and wider dtypes choose."""
     for dtype, D, T, channels in (
         *((BF16, 64, T, ()) for T in (32, 64, 128)),
@@ -95,7 +96,7 @@ def attention_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         H = 768 // D
         q, k, v = empty(16, T, 3, H, D, dtype=dtype).unbind(2)
         o, lse = empty(16, T, H, D, dtype=dtype), empty(16, H, T, dtype=wide(dtype))
-        name, options = f"{dtype} T={T} D={D}", (0.125, "tf32x3")
+        name, options = f"{short(dtype)} T={T} D={D}", (0.125, precision)
         yield name, partial(attention.causal_attention_fwd, q, k, v, *options)
         yield name, partial(causal_attention_bwd, o, q, k, v, o, lse, *options)
         for C in channels:
@@ -112,9 +113,13 @@ def attention_calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"{name} C={C}",
                 partial(
                     *(patch_attention.causal_patch_attention_bwd_params, x, logdet, q, weight),
-                    *(bias, x, o, False, "tf32x3"),
+                    *(bias, x, o, False, precision),
                 ),
             )
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -146,21 +151,19 @@ def resources(kernel, target: GPUTarget) -> dict:
 
 
 def compile_all(family: str) -> dict[str, dict]:
-    """What ``resources`` says of every launch that ``calls`` make, compiled for ``family``."""
+    """``compiled``: what ``resources`` says of every launch that ``calls`` make, for ``family``;
+    ``unused``: rows of the table that none of them chose."""
     target = TARGETS[family]
     triton.runtime.driver.set_active(NoDriver(target))
     launch.family_of = lambda device: family
-    run, compiled, used = JITFunction.run, {}, set()
-    names = {"call": ""}
+    run, choose, compiled, used, current = JITFunction.run, launch.choose, {}, set(), ""
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        tiles = {k: v for k, v in options.items() if k.startswith("BLOCK_") or k == "BLOCK"}
+        tiles = {k: v for k, v in options.items() if k.startswith("BLOCK")}
         tiles |= {"warps": options["num_warps"], "stages": options["num_stages"]}
         label = " ".join(f"{k}={v}" for k, v in tiles.items())
-        compiled[f"{self.fn.__name__} [{names['call']}] {label}"] = resources(kernel, target)
-
-    choose = launch.choose
+        compiled[f"{self.fn.__name__} [{current}] {label}"] = resources(kernel, target)
 
     def remember(kernel, family, sizes):
         choice = choose(kernel, family, sizes)
@@ -168,19 +171,30 @@ def compile_all(family: str) -> dict[str, dict]:
         return choice
 
     JITFunction.run, launch.choose = compile_only, remember
-    for name, call in calls():
-        names["call"] = name.removeprefix("torch.")
-        try:
-            call()
-        except Exception as error:
-            compiled[f"{name}"] = {"error": f"{type(error).__name__}: {error}"}
+    for current, call in calls("ieee" if target.backend == "hip" else "tf32x3"):  # noqa: B007
+        call()
     own = {
         (kernel, choice)
         for kernel, rows in launch.TABLE.items()
-        for _, choice in rows.get(family, [])
+        for _, choice in [*rows.get(family, []), *(rows["default"] if family == "sm80" else [])]
     }
     return {"compiled": compiled, "unused": sorted(f"{k} {c}" for k, c in own - used)}
 
 
+def main(argument: str) -> None:
+    if argument != "--record":
+        print(json.dumps(compile_all(argument), indent=1))
+        return
+    record = {"triton": triton.__version__}
+    for family in TARGETS:
+        result = subprocess.run(
+            [sys.executable, __file__, family], stdout=subprocess.PIPE, text=True, check=True
+        )
+        record[family] = json.loads(result.stdout)["compiled"]
+    path = Path(__file__).parent / "kernels" / "resources.json"
+    lines = json.dumps(record, indent=1)
+    path.write_text(re.sub(r"\n {3,}|\n {2}(?=\})", " ", lines) + "\n")  # a launch a line
+
+
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1]), indent=1))
+    main(sys.argv[1])

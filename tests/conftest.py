@@ -1,11 +1,15 @@
+import contextlib
 import os
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU the Triton kernels run in Triton's interpreter; it is chosen at their import.
+    # Without a GPU the Triton kernels run in Triton's interpreter; it is chosen at their import, and
+    # for what they take from Triton's own library at that one's.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    with contextlib.suppress(ImportError):
+        import triton.language  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,12 @@ def python(code: str, cwd, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    """Triton kernels as users have them."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture
 def toy(monkeypatch):
     """An op with two implementations that say who ran; cpu has a reason against negative values."""
@@ -79,6 +85,20 @@ def test_gpu_kernels_do_not_run_on_cpu_tensors(toy, monkeypatch):
         with pytest.raises(RuntimeError, match=f"'{backend}' can't run toy: .* on cpu"):
             toy(backend)
         assert dispatch.can_run("toy", backend, torch.ones(1)) == (False, "its tensors are on cpu")
+
+
+@needs_native
+def test_the_interpreter_runs_on_cpu_tensors_by_name_only(toy, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(
+        *(dispatch._IMPLEMENTATIONS["toy"], "triton", (lambda x: "interpreted", None))
+    )
+    assert toy() == "cpu"
+    assert toy("triton") == "interpreted"
+    assert dispatch.can_run("toy", "triton", torch.ones(1)) == (True, "")
+    half = torch.ones(1, dtype=torch.bfloat16)
+    assert "computes bfloat16 wrongly" in dispatch.triton_dtype_reason(half)
 
 
 @needs_native

@@ -167,6 +167,17 @@ def test_patch_attention(T, H, D, C, width, reverse, dtype):
     check_patch(inputs, reverse, f"{T} {H}x{D} {C} {width} {reverse} {dtype}")
 
 
+@pytest.mark.parametrize("dtype", [FP32, torch.float64])
+@pytest.mark.parametrize(("C", "width", "reverse"), [(12, 2, True), (48, 2, False), (5, 1, True)])
+def test_fused_patch_attention_in_wide_dtypes(C, width, reverse, dtype, monkeypatch):
+    """They are composed because a fused program would spill, not because it would be wrong."""
+    from flowops.kernels import patch_attention
+
+    monkeypatch.setattr(patch_attention, "fuses", lambda dtype, channels: True)
+    inputs = patch_inputs(2, 70, 2, 16, C, width, dtype)
+    check_patch(inputs, reverse, f"{C} {width} {reverse} {dtype}")
+
+
 def test_patch_attention_keeps_x_in_its_own_storage():
     check_patch(patch_inputs(2, 17, 2, 16, 4, 2, torch.float16, FP32), False, "fp32 x")
     z, logdet = causal_patch_attention(
