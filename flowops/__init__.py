@@ -1,5 +1,7 @@
 """Fused kernels for normalizing flows: the public ops. Layers and flows are in ``flowops.api``."""
 
+import torch as _torch
+
 from ._version import __version__
 from .affine import affine_inverse, affine_update
 from .attention import causal_attention
@@ -9,7 +11,17 @@ from .noise import make_rng, noise_normal, noise_uniform, noise_words
 from .padding import pad_noise
 from .patch_attention import causal_patch_attention
 
+#: What selective activation checkpointing should keep (``CheckpointPolicy.MUST_SAVE``) instead of
+#: running it again in backward: the ops that cost more than the memory of what they return.
+SAC_SAVE_OPS = frozenset(
+    {
+        _torch.ops.flowops.causal_attention.default,
+        _torch.ops.flowops.causal_patch_attention.default,
+    }
+)
+
 __all__ = [
+    "SAC_SAVE_OPS",
     "__version__",
     "affine_inverse",
     "affine_update",

@@ -13,8 +13,8 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 #: What the kernels are tested in. The interpreter computes bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float64, torch.float16, *[torch.bfloat16] * ON_GPU]
 
-#: A few examples suffice in the interpreter, which takes some 20 ms a launch.
-EXAMPLES = 100 if ON_GPU else 12
+#: The interpreter takes some 20 ms a launch, a GPU a second to compile one that is new.
+EXAMPLES = 25 if ON_GPU else 12
 
 
 def as_tuple(out):

@@ -101,7 +101,7 @@ def test_graph_capture(case):
         assert torch.equal(a, b)
 
 
-@by_case
+@pytest.mark.parametrize("case", {op_of(c): c for c in CASES}.values(), ids=op_of)
 def test_inductor_finds_no_graph_break(case):
     torch.compiler.reset()
     tensors = [t.requires_grad_() for t in on_gpu(case)]
