@@ -190,7 +190,10 @@ def _(grad_x, z, params, reverse):
 
 
 def _triton_supports(*args) -> str | None:
-    return dispatch.triton_dtype_reason(*args[-3:-1])
+    x, params, _ = args[-3:]
+    if params.shape[1] * params.shape[2] >= 2**31:
+        return "a batch row has 2^31 elements, which the Triton kernels count in 32 bits"
+    return dispatch.triton_dtype_reason(x, params)
 
 
 def _kernels():

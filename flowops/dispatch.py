@@ -168,6 +168,8 @@ def _gpu_state(backend: str, interpreted: bool) -> tuple[bool, str]:
         return False, "no CUDA device is visible to PyTorch"
     if backend == "cuda":
         return False, "no op has a cuda kernel in this version"
+    if not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
+        return False, f"{torch.cuda.get_device_name()} has no compute capability 8.0"
     return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"
 
 

@@ -98,3 +98,9 @@ def test_logdet_without_scales_is_zero():
 def test_deterministic():
     x, params = (t.to(DEVICE) for t in data(3, 100, 48, 2, torch.float32))
     twice_the_same(lambda x, p: affine_update(x, p, backend="triton"), (x, params))
+
+
+def test_rows_too_long_to_count_are_refused():
+    x = torch.zeros(1, 1, 1).expand(1, 2**30, 2).to(DEVICE)
+    with pytest.raises(RuntimeError, match=r"a batch row has 2\^31 elements"):
+        affine_update(x, x, backend="triton")
