@@ -33,7 +33,15 @@ def cases(device: str) -> list[tuple[int, int, int]]:
     if device == "cpu":
         return [(16384, 150, 8), (16384, 150, 2), (16384, 150, 31), (16384, 150, 63)]
     N = 65536
-    return [(N, 512, 8), (N, 64, 8), (N, 512, 2), (N, 512, 32), (N, 512, 63), (N, 512, 784)]
+    return [
+        (N, 150, 8),
+        (N, 512, 8),
+        (N, 64, 8),
+        (N, 512, 2),
+        (N, 512, 32),
+        (N, 512, 63),
+        (N, 512, 784),
+    ]
 
 
 def gram_specs(device: str) -> Iterator[Spec]:

@@ -1,4 +1,4 @@
-"""Views whose elements lie more than 2^31 apart: offsets that 32 bits can't hold. The memory between
+"""Views whose elements lie more than 2^31 apart: offsets that 32 bits can't hold. What lies between
 them is reserved and never touched."""
 
 import pytest
