@@ -36,8 +36,9 @@ $(VENV)/lint: $(VENV)/torch
 demo: $(VENV)/demo
 	$(BIN)/flowops demo
 
+# A process a core, and a thread a process: two OpenMP programs on the same cores stall each other.
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(VENV)/demo
 	$(BIN)/flowops bench --readme
