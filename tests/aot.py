@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from flowops.kernels import affine, attention, launch, padding, patch_attention
+from flowops.kernels import affine, attention, gram, gram_backward, launch, padding, patch_attention
 from flowops.kernels.attention_backward import causal_attention_bwd
 from flowops.kernels.noise import noise_fwd
 
@@ -82,6 +82,7 @@ def calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
             partial(padding.pad_noise_fwd, x, rng, 2, scale, scale, wide(dtype)),
         )
     yield from attention_calls(precision)
+    yield from gram_calls("ieee" if precision == "ieee" else "fp32")
 
 
 def attention_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -116,6 +117,38 @@ def attention_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]
                     *(bias, x, o, False, precision),
                 ),
             )
+
+
+def gram_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Few features, whose distances are differences, and more, whose distances are products."""
+    for dtype, M, D, kernel in (
+        *((FP32, 150, 8, "se"), (FP32, 150, 32, "se"), (FP32, 512, 63, "matern52")),
+        *((BF16, 150, 8, "se"), (FP64, 150, 8, "se"), (FP32, 150, 32, "matern12")),
+    ):
+        N, E = 65536, D
+        x, half, logdet = empty(N, D, dtype=dtype), empty(N, E, dtype=dtype), empty(N)
+        z, w, length = empty(M, D, dtype=dtype), empty(M, 2 * E, dtype=dtype), empty()
+        grad = empty(N, 2 * E, dtype=dtype)
+        name = f"{short(dtype)} M={M} D={D} {kernel}"
+        config = (length, kernel, precision, wide(dtype))
+        yield name, partial(gram.gram_fwd, x, z, *config)
+        yield f"{name} matmul", partial(gram.gram_matmul_fwd, x, z, w, *config)
+        yield f"{name} matmul", partial(gram_backward.gram_matmul_bwd, grad, x, z, w, *config)
+        if D > 32 or dtype == FP64:
+            continue
+        yield f"{name} coupling", partial(gram.coupling_fwd, x, half, z, w, *config)
+        yield (
+            f"{name} coupling backward",
+            partial(gram_backward.coupling_bwd, half, logdet, x, half, z, w, *config),
+        )
+        if kernel != "se":
+            continue
+        yield name, partial(gram_backward.gram_bwd, empty(N, M, dtype=dtype), x, z, *config)
+        yield f"{name} inverse", partial(gram.coupling_inverse_fwd, x, half, z, w, *config)
+        yield (
+            f"{name} inverse backward",
+            partial(gram_backward.coupling_inverse_bwd, half, x, half, z, w, *config),
+        )
 
 
 def short(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowops import (
+    coupling,
     dispatch,
     gram,
     kernel_coupling,
@@ -16,23 +17,28 @@ from flowops import (
 )
 from helpers import assert_close, poison
 
+#: What can run on tensors of the CPU; the interpreter of Triton takes part where little is computed
+#: and has tests of its own for the rest.
 BACKENDS = [
     b
-    for b in ("reference", "cpu")
+    for b in ("reference", "cpu", "triton")
     if all(dispatch.can_run(op, b)[0] for op in dispatch.ops() if "gram" in op or "coupling" in op)
+    and (b != "triton" or dispatch.interpreting())
 ]
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 OPS = {
     "se_gram": (se_gram, gram.se_gram_reference, "x z"),
     "se_gram_matmul": (se_gram_matmul, gram.se_gram_matmul_reference, "x z w"),
-    "kernel_coupling": (kernel_coupling, gram.kernel_coupling_reference, "x half z w"),
+    "kernel_coupling": (kernel_coupling, coupling.kernel_coupling_reference, "x half z w"),
     "kernel_coupling_inverse": (
-        *(kernel_coupling_inverse, gram.kernel_coupling_inverse_reference),
+        *(kernel_coupling_inverse, coupling.kernel_coupling_inverse_reference),
         "x half z w",
     ),
 }
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_quick_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+interpreted = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
 by_kernel = pytest.mark.parametrize("kernel", gram.KERNELS)
 by_op = pytest.mark.parametrize("op", OPS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -44,6 +50,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def skip_unless_stored(backend, dtype):
+    x = torch.ones(1, 1, dtype=dtype)
+    usable, reason = dispatch.can_run("se_gram", backend, x, x, x[0], "se", "fp32")
+    if not usable:
+        pytest.skip(reason)
 
 
 def profile_of(distance, kernel):
@@ -186,7 +199,8 @@ def test_matmul_and_coupling_are_what_they_say(backend, kernel):
 @by_dtype
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0, 1e6])
 def test_a_point_equals_itself_exactly(backend, kernel, dtype, mean):
-    for D in (1, 3, 8, 9, 64):
+    skip_unless_stored(backend, dtype)
+    for D in (1, 3, 8, 9, 64) if backend != "triton" else (3, 20):
         x = (torch.randn(7, D, dtype=torch.float64) + mean).to(dtype)
         lengthscale = (torch.rand(D, dtype=torch.float64) + 0.1).to(dtype)
         for l in (0.3, lengthscale):
@@ -195,7 +209,7 @@ def test_a_point_equals_itself_exactly(backend, kernel, dtype, mean):
             assert (K <= 1).all()
 
 
-@by_backend
+@by_quick_backend
 @by_op
 @by_kernel
 @by_dtype
@@ -208,14 +222,14 @@ def test_values_and_gradients_follow_the_fp64_reference(backend, op, kernel, dty
             check_against_fp64(op, inputs, kernel, backend)
 
 
-@by_backend
+@by_quick_backend
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
 def test_gradients_summed_over_many_rows(backend, vector):
     inputs = inputs_of("se_gram_matmul", 4000, 100, 3, 2, torch.float32, vector, apart=True)
     check_against_fp64("se_gram_matmul", inputs, "se", backend)
 
 
-@by_backend
+@by_quick_backend
 @settings(max_examples=80, deadline=None)
 @given(
     op=st.sampled_from(list(OPS)),
@@ -234,11 +248,15 @@ def test_any_shape(backend, op, kernel, N, M, D, O, vector, seed):
     )
 
 
-@by_backend
+@by_quick_backend
 @by_op
 @by_kernel
 @pytest.mark.parametrize("D", [1, 3, 8, 9, 40])
 def test_data_far_from_zero_are_as_accurate_as_centred_data(backend, op, kernel, D):
+    check_far_from_zero(backend, op, kernel, D)
+
+
+def check_far_from_zero(backend, op, kernel, D):
     """On a grid on which 100 is added without rounding, so that both are the same problem."""
     public = OPS[op][0]
     names = OPS[op][2].split()
@@ -327,6 +345,7 @@ def test_row_blocks_give_the_same_results(monkeypatch, op, kernel, limit):
 @by_kernel
 @by_dtype
 def test_inverse_undoes_coupling(backend, kernel, dtype):
+    skip_unless_stored(backend, dtype)
     x1, x2, z, w, lengthscale = inputs_of("kernel_coupling", 50, 17, 3, 4, dtype)
     options = {"kernel": kernel, "backend": backend}
     y2, _ = kernel_coupling(x1, x2, z, w, lengthscale, **options)
@@ -341,7 +360,7 @@ def test_inverse_undoes_coupling(backend, kernel, dtype):
     assert (y2 - x2).abs().max() > 0.1
 
 
-@by_backend
+@by_quick_backend
 @by_kernel
 @pytest.mark.parametrize("D", [1, 3, 9])
 def test_logdet_is_that_of_the_jacobian(backend, kernel, D):
@@ -404,10 +423,11 @@ def test_a_number_is_a_scalar_lengthscale(backend):
     for number in (2, 2.0):
         K = se_gram(x, z, number, backend=backend)
         assert torch.equal(K, se_gram(x, z, torch.tensor(2.0).double(), backend=backend))
-    narrow = se_gram(x.bfloat16(), z.bfloat16(), 1.3, backend=backend)
+    narrow = torch.bfloat16 if backend != "triton" else torch.float16
+    K = se_gram(x.to(narrow), z.to(narrow), 1.3, backend=backend)
     wide = torch.tensor(1.3, dtype=torch.float64)
-    golden = se_gram(x.bfloat16().double(), z.bfloat16().double(), wide, backend=backend)
-    assert torch.equal(narrow, golden.bfloat16())
+    golden = se_gram(x.to(narrow).double(), z.to(narrow).double(), wide, backend=backend)
+    assert torch.equal(K, golden.to(narrow))
 
 
 #: d^2 k / d(x - z)^2 at 0 for lengthscale 1; Matern 1/2 has a kink, where 0 is taken.
@@ -424,8 +444,9 @@ def test_coincident_points_have_finite_derivatives(backend, kernel, dtype, mean)
     z = x.detach().clone().requires_grad_()
     K = se_gram(x, z, lengthscale, kernel=kernel, backend=backend)
     assert K.item() == 1
+    own = torch.autograd.grad(K.sum(), (x, z, lengthscale), retain_graph=True)
     grads = torch.autograd.grad(K.sum(), (x, z, lengthscale), create_graph=True)
-    for grad in grads:
+    for grad in (*own, *grads):
         assert torch.equal(grad, torch.zeros_like(grad))
     curvature = CURVATURE[kernel] / lengthscale.detach().square()
     for i in range(3):
@@ -455,12 +476,120 @@ def test_coincident_points_among_others(backend, op, kernel):
 
 @by_backend
 @by_kernel
-def test_points_far_apart_and_lengthscales_at_the_ends(backend, kernel):
-    x, z = torch.tensor([[0.0], [1e30]]), torch.tensor([[0.0], [-1e30]])
+@pytest.mark.parametrize("D", [1, 9])
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_points_far_apart_and_lengthscales_at_the_ends(backend, kernel, D):
+    x, z = torch.tensor([[0.0], [1e30]]).expand(2, D), torch.tensor([[0.0], [-1e30]]).expand(2, D)
     for lengthscale in (1e-3, 1.0, 1e3):
         leaf = torch.tensor(lengthscale, requires_grad=True)
-        K = se_gram(x.requires_grad_(), z, leaf, kernel=kernel, backend=backend)
+        K = se_gram(x.clone().requires_grad_(), z, leaf, kernel=kernel, backend=backend)
         assert torch.equal(K.detach(), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+
+
+#: Tiles are at most 64 rows and 32 points. 130 features or outputs are too wide for the kernels.
+TRITON_SHAPES = {
+    "se_gram": [(1, 1, 1, 1), (17, 300, 3, 1), (100, 63, 9, 1), (33, 17, 40, 1), (5, 9, 130, 1)],
+    "se_gram_matmul": [(1, 1, 1, 1), (150, 17, 3, 5), (63, 150, 8, 1), (17, 65, 31, 40),
+                       (9, 5, 130, 3), (9, 5, 3, 70)],
+    "kernel_coupling": [(1, 1, 1, 1), (300, 17, 3, 1), (63, 100, 9, 16), (17, 33, 40, 40),
+                        (9, 5, 130, 3), (5, 9, 3, 70)],
+    "kernel_coupling_inverse": [(17, 100, 8, 5), (63, 17, 31, 3)],
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("op", "N", "M", "D", "O"),
+    [(op, *shape) for op, shapes in TRITON_SHAPES.items() for shape in shapes],
+)
+def test_triton_follows_the_fp64_reference(op, N, M, D, O):
+    kernels = gram.KERNELS if N * M * D < 10_000 else ("se", "matern52")
+    for kernel, vector in zip(kernels, (False, True, True, False), strict=False):
+        inputs = inputs_of(op, N, M, D, O, torch.float32, vector, apart=True)
+        check_against_fp64(op, inputs, kernel, "triton")
+    inputs = inputs_of(op, N, M, D, O, torch.float16, True, apart=True)
+    check_against_fp64(op, inputs, "se", "triton")
+
+
+@interpreted
+@by_op
+@settings(max_examples=4, deadline=None)
+@given(
+    kernel=st.sampled_from(gram.KERNELS),
+    N=st.integers(1, 70),
+    M=st.integers(1, 70),
+    D=st.integers(1, 12),
+    O=st.integers(1, 6),
+    vector=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_triton_in_double(op, kernel, N, M, D, O, vector, seed):
+    torch.manual_seed(seed)
+    inputs = inputs_of(op, N, M, D, O, torch.float64, vector)
+    check_against_fp64(op, inputs, kernel, "triton")
+
+
+@interpreted
+@by_op
+@pytest.mark.parametrize(("D", "kernel"), [(3, "matern12"), (3, "se"), (20, "se")])
+def test_triton_on_data_far_from_zero(op, D, kernel):
+    check_far_from_zero("triton", op, kernel, D)
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["se_gram", "se_gram_matmul"])
+@pytest.mark.parametrize("kernel", ["se", "matern32"])
+@pytest.mark.parametrize("D", [5, 20])
+def test_clusters_far_apart_on_triton(op, kernel, D):
+    """Norms are large beside the distances within a cluster, wherever the centre is."""
+    inputs = inputs_of(op, 70, 40, D, dtype=torch.float32, apart=True)
+    towards = torch.randn(D)
+    for points in inputs[:2]:
+        points *= 0.3
+        points[::2] += 60 * towards
+    check_against_fp64(op, inputs, kernel, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(("D", "O", "vector"), [(3, 2, True), (9, 5, False), (130, 1, True)])
+def test_any_number_of_programs_on_triton(monkeypatch, D, O, vector):
+    """Partials over strips of rows and groups of points, or blocks of rows, add up to the same."""
+    from flowops.kernels import gram_backward
+
+    for op in ("se_gram", "se_gram_matmul"):
+        N, M = (70, 100) if D < 100 else (20, 9)
+        inputs = inputs_of(op, N, M, D, O, torch.float32, vector, apart=True)
+        for programs in (1, 3):
+            monkeypatch.setattr(gram_backward, "_PROGRAMS", programs)
+            monkeypatch.setattr(gram_backward, "_AT_ONCE", programs * 50)
+            check_against_fp64(op, inputs, "se", "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("D", [3, 20])
+def test_tf32_rounds_points_but_not_their_equality_on_triton(D):
+    x, z, w, lengthscale = inputs_of("se_gram_matmul", 30, 20, D, dtype=torch.float32)
+    plain = {"backend": "triton"}
+    options = {"precision": "tf32", **plain}
+    assert torch.equal(se_gram(x, x, lengthscale, **options).diagonal(), torch.ones(30))
+    K, expected = se_gram(x, z, lengthscale, **options), se_gram(x, z, lengthscale, **plain)
+    assert torch.equal(K, expected) == (D <= 8)
+    torch.testing.assert_close(K, expected, rtol=0, atol=2e-3)
+    leaves = [t.requires_grad_() for t in (x, z, w, lengthscale)]
+    for a, e in zip(
+        torch.autograd.grad(se_gram_matmul(*leaves, **options).sum(), leaves),
+        torch.autograd.grad(se_gram_matmul(*leaves, **plain).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-2 * e.abs().max().item())
+
+
+@interpreted
+@by_op
+def test_mixed_dtypes_on_triton(op):
+    inputs = inputs_of(op, 20, 10, 9, 3, torch.float32, apart=True)
+    inputs[-2] = inputs[-2].half()
+    check_against_fp64(op, inputs, "se", "triton")
 
 
 def test_tf32_is_accepted_and_changes_nothing_on_the_cpu():
@@ -512,7 +641,6 @@ BAD_OF_ALL = [
     ({"kernel": None}, ValueError, r"kernel: expected one of \('se', .* got None"),
     ({"precision": "bf16"}, ValueError, r"precision: expected one of \('fp32', .* got 'bf16'"),
     ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of .* got 'gpu'"),
-    ({"backend": "triton"}, RuntimeError, "backend 'triton' can't run {op}: "),
     ({"backend": "cuda"}, RuntimeError, "backend 'cuda' can't run {op}: "),
     ({"{x}": [[1.0]]}, TypeError, "{x}: expected a torch.Tensor, got list"),
     ({"{x}": ones(5, 3).long()}, TypeError, "{x}: expected a floating dtype, got torch.int64"),
