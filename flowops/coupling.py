@@ -22,6 +22,7 @@ from .gram import (
     check_weights,
     compute_dtype,
     computing,
+    differentiable,
     empty_like,
     matmul_flops,
     on_triton,
@@ -177,7 +178,8 @@ def kernel_coupling(
     """
     lengthscale = check_points("x1", x1, z, lengthscale, kernel, precision, backend)
     _check_half(x1, "x2", x2, z, w)
-    return KernelCouplingFunction.apply(x1, x2, z, w, lengthscale, kernel, precision, backend)
+    args = (x1, x2, z, w, lengthscale, kernel, precision, backend)
+    return differentiable(KernelCouplingFunction, torch.ops.flowops.kernel_coupling.default, *args)
 
 
 def kernel_coupling_inverse(
@@ -207,9 +209,9 @@ def kernel_coupling_inverse(
     """
     lengthscale = check_points("x1", x1, z, lengthscale, kernel, precision, backend)
     _check_half(x1, "y2", y2, z, w)
-    return KernelCouplingInverseFunction.apply(
-        x1, y2, z, w, lengthscale, kernel, precision, backend
-    )
+    args = (x1, y2, z, w, lengthscale, kernel, precision, backend)
+    op = torch.ops.flowops.kernel_coupling_inverse.default
+    return differentiable(KernelCouplingInverseFunction, op, *args)
 
 
 def _check_half(x1: Tensor, name: str, x2: Tensor, z: Tensor, w: Tensor) -> None:

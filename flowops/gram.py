@@ -264,6 +264,11 @@ def autograd_function(name: str, op: str, backward_reference) -> type[torch.auto
     return type(name, (torch.autograd.Function,), body)
 
 
+def differentiable(function: type[torch.autograd.Function], op, *args):
+    """``function.apply(*args)``, or the op itself where no gradient can be asked for."""
+    return function.apply(*args) if dispatch.needs_grad(*args[:-3]) else op(*args)
+
+
 SeGramFunction = autograd_function("SeGramFunction", "se_gram", se_gram_backward_reference)
 SeGramMatmulFunction = autograd_function(
     "SeGramMatmulFunction", "se_gram_matmul", se_gram_matmul_backward_reference
@@ -305,7 +310,8 @@ def se_gram(
     Source: arXiv 2307.14839, eq. 6; Rasmussen and Williams (2006), eq. 4.9 and 4.14-4.17.
     """
     lengthscale = check_points("x", x, z, lengthscale, kernel, precision, backend)
-    return SeGramFunction.apply(x, z, lengthscale, kernel, precision, backend)
+    args = (x, z, lengthscale, kernel, precision, backend)
+    return differentiable(SeGramFunction, torch.ops.flowops.se_gram.default, *args)
 
 
 def se_gram_matmul(
@@ -334,7 +340,8 @@ def se_gram_matmul(
     """
     lengthscale = check_points("x", x, z, lengthscale, kernel, precision, backend)
     check_weights(z, w, None)
-    return SeGramMatmulFunction.apply(x, z, w, lengthscale, kernel, precision, backend)
+    args = (x, z, w, lengthscale, kernel, precision, backend)
+    return differentiable(SeGramMatmulFunction, torch.ops.flowops.se_gram_matmul.default, *args)
 
 
 def check_points(name, x, z, lengthscale, kernel, precision, backend) -> Tensor:

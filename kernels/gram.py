@@ -59,8 +59,15 @@ def profile_and_slope(S, KERNEL: tl.constexpr):
 
 @triton.jit
 def divide(a, b):
-    """a / b, correctly rounded. [same shape as b]"""
-    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+    """a / b to the last bit or the one before, b not too close to 0 or infinity. The IEEE division
+    would do, but its way out for extreme arguments costs registers everywhere. [same shape as b]"""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        reciprocal = 1.0 / b
+        quotient = a * reciprocal
+        better = tl.fma(tl.fma(-quotient, b, a), reciprocal, quotient)
+        return tl.where(tl.abs(quotient) < float("inf"), better, quotient)  # inf - inf is NaN
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from .launch import TABLE, Launch, launch, row, start
 TABLE["gram_bwd"] = {
     "default": [
         row(4, 1, BLOCK_N=32, BLOCK_M=32, limits={"bytes": 4, "dot": 0}),
-        row(4, 1, BLOCK_N=32, BLOCK_M=16, limits={"bytes": 4}),
+        row(8, 1, BLOCK_N=32, BLOCK_M=16, limits={"bytes": 4}),
         row(4, 1, BLOCK_N=32, BLOCK_M=32),
     ]
 }

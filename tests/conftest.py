@@ -5,8 +5,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU the Triton kernels run in Triton's interpreter; it is chosen at their import, and
-    # for what they take from Triton's own library at that one's.
+    # Without a GPU the Triton kernels run in Triton's interpreter. It is chosen at their import, and
+    # at Triton's for what they take from its library.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     with contextlib.suppress(ImportError):
         import triton.language  # noqa: F401
