@@ -81,8 +81,35 @@ def calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
             f"{short(dtype)} {width}+2",
             partial(padding.pad_noise_fwd, x, rng, 2, scale, scale, wide(dtype)),
         )
+    yield from smallest_calls(precision)
     yield from attention_calls(precision)
     yield from gram_calls("ieee" if precision == "ieee" else "fp32")
+
+
+def smallest_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every size and stride 1: Triton makes such arguments constants, which are no tensors."""
+    one, rng, scale = empty(1), empty(2, dtype=torch.int64), torch.tensor(2.0)
+    for dtype in (FP32, BF16):
+        name, kind = f"{short(dtype)} ones", wide(dtype)
+        x, params = empty(1, 1, 1, dtype=dtype), empty(1, 1, 2, dtype=dtype)
+        yield name, partial(affine.affine_fwd, x, params, True, False, kind)
+        yield name, partial(affine.affine_bwd, x, one, x, params, False, False, kind)
+        yield name, partial(padding.pad_noise_fwd, x[0], rng, 1, scale, scale, kind)
+        q, lse = empty(1, 1, 1, 16, dtype=dtype), empty(1, 1, 1)
+        weight, bias = empty(2, 16, dtype=dtype), empty(2, dtype=dtype)
+        yield name, partial(attention.causal_attention_fwd, q, q, q, 0.25, precision)
+        yield name, partial(causal_attention_bwd, q, q, q, q, q, lse, 0.25, precision)
+        if dtype == BF16:
+            fused = (q, q, q, weight, bias, x, True, 0.25, precision)
+            yield name, partial(patch_attention.causal_patch_attention_fwd, *fused)
+            backward = (x, one, q, weight, bias, x, q, True, precision)
+            yield name, partial(patch_attention.causal_patch_attention_bwd_params, *backward)
+        config = (empty(), "matern32", "fp32", kind)
+        point = x[0]
+        yield name, partial(gram.gram_matmul_fwd, point, point, point, *config)
+        yield name, partial(gram_backward.gram_matmul_bwd, point, point, point, point, *config)
+        yield name, partial(gram_backward.gram_bwd, point, point, point, *config)
+    yield "ones", partial(noise_fwd, rng, 1, 1, "normal")
 
 
 def attention_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
