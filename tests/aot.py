@@ -104,7 +104,7 @@ def smallest_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]
             yield name, partial(patch_attention.causal_patch_attention_fwd, *fused)
             backward = (x, one, q, weight, bias, x, q, True, precision)
             yield name, partial(patch_attention.causal_patch_attention_bwd_params, *backward)
-        config = (empty(), "matern32", "fp32", kind)
+        config = (empty(), "matern32", "ieee" if precision == "ieee" else "fp32", kind)
         point = x[0]
         yield name, partial(gram.gram_matmul_fwd, point, point, point, *config)
         yield name, partial(gram_backward.gram_matmul_bwd, point, point, point, point, *config)
