@@ -51,18 +51,28 @@ def _project(acc, o, weight_ptr, h, stride_w, C, D: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _bias(bias_ptr, channel, C, AFFINE: tl.constexpr):
-    return tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(AFFINE)[None, :]
-
-
-@triton.jit
-def _moved(token, T, REVERSE: tl.constexpr):
-    """The token that the parameters of ``token`` move: the next one; the last ones' go nowhere and
-    stand in for those of the first token."""
+def _affine_inputs(
+    x_ptr, bias_a_ptr, bias_b_ptr, a, shift, token, T, C, stride_xt,
+    HAS_SCALE: tl.constexpr, REVERSE: tl.constexpr, BLOCK_C: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
+    """x, a, shift [BLOCK_M, BLOCK_C] of the tokens that the parameters of ``token`` move: the next
+    ones [BLOCK_M]. The last token's move nothing; it stands in for the first, with a = shift = 0.
+    Then the mask of all elements, and that of those with parameters."""
+    channel = tl.arange(0, BLOCK_C)
+    known = (token < T - 1)[:, None] & (channel < C)[None, :]
+    mask = (token < T)[:, None] & (channel < C)[None, :]
     if REVERSE:
-        return tl.where(token < T - 1, T - 2 - token, T - 1)
+        moved = tl.where(token < T - 1, T - 2 - token, T - 1).to(tl.int64)
     else:
-        return tl.where(token < T - 1, token + 1, 0)
+        moved = tl.where(token < T - 1, token + 1, 0).to(tl.int64)
+    x = tl.load(x_ptr + moved[:, None] * stride_xt + channel[None, :], mask=mask, other=0.0)
+    a, shift = a.to(AFFINE), shift.to(AFFINE)
+    if HAS_SCALE:
+        bias = tl.load(bias_a_ptr + channel, mask=channel < C, other=0.0).to(AFFINE)
+        a = tl.where(known, a + bias[None, :], 0.0)
+    bias = tl.load(bias_b_ptr + channel, mask=channel < C, other=0.0).to(AFFINE)
+    shift = tl.where(known, shift + bias[None, :], 0.0)
+    return x.to(AFFINE), a, shift, moved, mask, known
 
 
 @triton.jit
@@ -101,15 +111,11 @@ def causal_patch_attention_fwd_kernel(
         shift = _project(
             shift, o, weight_b_ptr, h, stride_w, C, D, BLOCK_D, BLOCK_C, COMPUTE, PRECISION
         )
+    x, a, shift, moved, mask, _ = _affine_inputs(
+        x_ptr + b * stride_xb, bias_a_ptr, bias_b_ptr, a, shift, token, T, C, stride_xt,
+        HAS_SCALE, REVERSE, BLOCK_C, AFFINE,
+    )  # fmt: skip
     channel = tl.arange(0, BLOCK_C)
-    known = (token < T - 1)[:, None] & (channel < C)[None, :]
-    moved = _moved(token, T, REVERSE).to(tl.int64)
-    mask = (token < T)[:, None] & (channel < C)[None, :]
-    ptrs = x_ptr + b * stride_xb + moved[:, None] * stride_xt + channel[None, :]
-    x = tl.load(ptrs, mask=mask, other=0.0).to(AFFINE)
-    if HAS_SCALE:
-        a = tl.where(known, a.to(AFFINE) + _bias(bias_a_ptr, channel, C, AFFINE), 0.0)
-    shift = tl.where(known, shift.to(AFFINE) + _bias(bias_b_ptr, channel, C, AFFINE), 0.0)
     z = x - shift
     if HAS_SCALE:
         z *= exponential(-a)
@@ -144,18 +150,15 @@ def causal_patch_attention_bwd_params_kernel(
         shift = _project(
             shift, o, weight_b_ptr, h, stride_w, C, D, BLOCK_D, BLOCK_C, COMPUTE, PRECISION
         )
+    x, a, shift, moved, mask, known = _affine_inputs(
+        x_ptr + b * stride_xb, bias_a_ptr, bias_b_ptr, a, shift, token, T, C, stride_xt,
+        HAS_SCALE, REVERSE, BLOCK_C, AFFINE,
+    )  # fmt: skip
     channel = tl.arange(0, BLOCK_C)
-    known = (token < T - 1)[:, None] & (channel < C)[None, :]
-    moved = _moved(token, T, REVERSE).to(tl.int64)
-    mask = (token < T)[:, None] & (channel < C)[None, :]
-    ptrs = x_ptr + b * stride_xb + moved[:, None] * stride_xt + channel[None, :]
-    x = tl.load(ptrs, mask=mask, other=0.0).to(AFFINE)
     rows = (b * T + moved)[:, None] * C + channel[None, :]
     grad_x = tl.load(grad_z_ptr + rows, mask=mask, other=0.0).to(AFFINE)
     if HAS_SCALE:
-        a = tl.where(known, a.to(AFFINE) + _bias(bias_a_ptr, channel, C, AFFINE), 0.0)
         grad_x *= exponential(-a)
-    shift = tl.where(known, shift.to(AFFINE) + _bias(bias_b_ptr, channel, C, AFFINE), 0.0)
     tl.store(grad_x_ptr + rows, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
     dtype = grad_params_ptr.dtype.element_ty
     grad_shift = tl.where(known, -grad_x, 0.0).to(dtype)

@@ -82,10 +82,12 @@ def doctor(argv: list[str]) -> None:
     for backend in dispatch.BACKENDS:
         usable, state = dispatch.backend_state(backend)
         print(f"  {backend:9s} {'usable' if usable else 'not usable'}: {state}")
-    print("\nops on the cpu")
-    for op in dispatch.ops():
-        usable, reason = dispatch.can_run(op, "cpu")
-        print(f"  {op:32s} {'cpu' if usable else f'reference ({reason})'}")
+    devices = {"cpu": "cpu"} | ({"gpu": "triton"} if torch.cuda.is_available() else {})
+    for device, backend in devices.items():
+        print(f"\nops on the {device}")
+        for op in dispatch.ops():
+            usable, reason = dispatch.can_run(op, backend)
+            print(f"  {op:32s} {backend if usable else f'reference ({reason})'}")
 
 
 # --- the commands that tyro parses ---------------------------------------------------------------

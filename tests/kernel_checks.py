@@ -3,9 +3,12 @@
 Without a GPU they run in Triton's interpreter, on CPU tensors; with one, the same tests run on it.
 """
 
+import pytest
 import torch
 
 from helpers import assert_close, poison
+
+pytest.importorskip("triton")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
