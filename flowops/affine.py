@@ -52,7 +52,7 @@ def affine_inverse_backward_reference(grad_x, z, params, reverse=False):
 
 def _shifted(x: Tensor, params: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """``a_{i-1}, b_{i-1}`` in x's token order and the dtype of the arithmetic."""
-    params = params.to(_compute_dtype(x, params))
+    params = params.to(dispatch.compute_dtype(x, params))
     params = torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
     if reverse:
         params = params.flip(1)
@@ -71,10 +71,6 @@ def _unshifted(grad_a: Tensor, grad_b: Tensor, params: Tensor, reverse: bool) ->
     return torch.cat([grad[:, 1:], torch.zeros_like(grad[:, :1])], dim=1).to(params.dtype)
 
 
-def _compute_dtype(x: Tensor, params: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, params.dtype) else torch.float32
-
-
 # --- registration --------------------------------------------------------------------------------
 
 
@@ -86,7 +82,7 @@ def _flops(x, params, *_):
     "affine_update(Tensor x, Tensor params, bool reverse) -> (Tensor, Tensor)", _flops
 )
 def _(x, params, reverse):
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=_compute_dtype(x, params))
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=dispatch.compute_dtype(x, params))
 
 
 @dispatch.define_op("affine_inverse(Tensor z, Tensor params, bool reverse) -> Tensor", _flops)
@@ -168,7 +164,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _(x, params, reverse):
     x, params = _dense_rows(x), _dense_rows(params)
     z = _empty_like(x)
-    logdet = x.new_empty(x.shape[0], dtype=_compute_dtype(x, params))
+    logdet = x.new_empty(x.shape[0], dtype=dispatch.compute_dtype(x, params))
     dispatch.native().affine_forward(
         *_native_args(x, params, reverse), z.data_ptr(), logdet.data_ptr()
     )
@@ -209,13 +205,13 @@ def _kernels():
 @dispatch.implement("affine_update", "triton", _triton_supports)
 def _(x, params, reverse):
     x, params = _dense_rows(x), _dense_rows(params)
-    return _kernels().affine_fwd(x, params, reverse, False, _compute_dtype(x, params))
+    return _kernels().affine_fwd(x, params, reverse, False, dispatch.compute_dtype(x, params))
 
 
 @dispatch.implement("affine_inverse", "triton", _triton_supports)
 def _(z, params, reverse):
     z, params = _dense_rows(z), _dense_rows(params)
-    return _kernels().affine_fwd(z, params, reverse, True, _compute_dtype(z, params))[0]
+    return _kernels().affine_fwd(z, params, reverse, True, dispatch.compute_dtype(z, params))[0]
 
 
 @dispatch.implement("affine_update_backward", "triton", _triton_supports)
@@ -230,7 +226,7 @@ def _(grad_x, z, params, reverse):
 
 def _triton_backward(grad_out, grad_logdet, x, params, reverse, inverse):
     x, params, grad_out = _dense_rows(x), _dense_rows(params), grad_out.contiguous()
-    compute = _compute_dtype(x, params)
+    compute = dispatch.compute_dtype(x, params)
     return _kernels().affine_bwd(grad_out, grad_logdet, x, params, reverse, inverse, compute)
 
 

@@ -44,7 +44,7 @@ def causal_attention_backward_reference(grad_o, q, k, v, o, lse, scale):
 
 
 def _computing(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    dtype = dispatch.compute_dtype(tensors[0])
     return tuple(t.to(dtype) for t in tensors)
 
 
@@ -70,7 +70,7 @@ def attention_flops(q, k, *_) -> int:
 )
 def _(q, k, v, scale):
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=lse_dtype(q))
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=dispatch.compute_dtype(q))
 
 
 @dispatch.define_op(
@@ -80,11 +80,6 @@ def _(q, k, v, scale):
 )
 def _(grad_o, q, k, v, o, lse, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def lse_dtype(q: Tensor) -> torch.dtype:
-    """That of the log-sum-exp."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 # --- backends ------------------------------------------------------------------------------------

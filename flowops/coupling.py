@@ -20,7 +20,6 @@ from .gram import (
     cast_like,
     check_points,
     check_weights,
-    compute_dtype,
     computing,
     differentiable,
     empty_like,
@@ -92,7 +91,7 @@ def _coupling_flops(x1, x2, z, w, *_) -> int:
     _coupling_flops,
 )
 def _(x1, x2, z, w, lengthscale, kernel, precision):
-    dtype = compute_dtype(x1, x2, z, w, lengthscale)
+    dtype = dispatch.compute_dtype(x1, x2, z, w, lengthscale)
     return x2.new_empty(x2.shape), x2.new_empty(x2.shape[0], dtype=dtype)
 
 

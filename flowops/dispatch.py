@@ -173,6 +173,14 @@ def _gpu_state(backend: str, interpreted: bool) -> tuple[bool, str]:
     return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"
 
 
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: fp32 whatever the storage, fp64 if any tensor is."""
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
 def needs_grad(*tensors: torch.Tensor) -> bool:
     """Whether a backward pass may follow. Where it can't, the op is called without its autograd
     Function, which costs more than a small kernel does."""

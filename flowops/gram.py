@@ -112,14 +112,8 @@ def _distance_backward(weight, S, x, z, lengthscale):
     return grad_x, grad_z, grad_lengthscale
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic."""
-    double = any(t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
-
-
 def computing(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(*tensors)
+    dtype = dispatch.compute_dtype(*tensors)
     return tuple(t.to(dtype) for t in tensors)
 
 
@@ -230,7 +224,7 @@ def on_triton(op: str, module: str, launcher: str, strided: int = 0) -> None:
             t if t.ndim == 0 or t.stride(-1) == 1 else t.contiguous() for t in tensors[strided:]
         ]
         function = getattr(importlib.import_module(f".kernels.{module}", __package__), launcher)
-        return function(*tensors, kernel, precision, compute_dtype(*tensors))
+        return function(*tensors, kernel, precision, dispatch.compute_dtype(*tensors))
 
 
 on_triton("se_gram", "gram", "gram_fwd")
@@ -362,7 +356,7 @@ def check_points(name, x, z, lengthscale, kernel, precision, backend) -> Tensor:
             raise TypeError(
                 f"lengthscale: expected a number or a tensor, got {type(lengthscale).__name__}"
             )
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = dispatch.compute_dtype(x)
         lengthscale = torch.full((), lengthscale, dtype=dtype, device=x.device)
     dispatch.check_floating(**{name: x, "lengthscale": lengthscale})
     if lengthscale.shape not in (torch.Size([]), x.shape[1:]):

@@ -21,14 +21,10 @@ def pad_noise_reference(
 ) -> Tensor:
     """``pad_noise`` in plain PyTorch; x is ``[N, D]``."""
     N, D = x.shape
-    compute = _compute_dtype(x)
+    compute = dispatch.compute_dtype(x)
     eps = noise_reference(rng, N, D + pad, "normal").to(compute)
     data = x.to(compute) + eps[:, :D] * data_scale  # 0-d: takes eps's dtype, from any device
     return torch.cat([data, eps[:, D:] * pad_scale], dim=1).to(x.dtype)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @dispatch.define_op(
@@ -64,7 +60,7 @@ def _(x, rng, pad, pad_scale, data_scale):
     from .kernels.padding import pad_noise_fwd
 
     x = x if x.stride(1) == 1 else x.contiguous()
-    return pad_noise_fwd(x, rng.contiguous(), pad, pad_scale, data_scale, _compute_dtype(x))
+    return pad_noise_fwd(x, rng.contiguous(), pad, pad_scale, data_scale, dispatch.compute_dtype(x))
 
 
 class PadNoiseFunction(torch.autograd.Function):

@@ -20,7 +20,6 @@ from .attention import (
     causal_attention_reference,
     check_attention,
     dense_columns,
-    lse_dtype,
     sdpa_reason,
     triton_precision,
     triton_reason,
@@ -64,8 +63,8 @@ def _params(o: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 )
 def _(q, k, v, weight, bias, x, reverse, scale):
     B, T, H, _ = q.shape
-    lse = q.new_empty((B, H, T), dtype=lse_dtype(q))
-    logdet = x.new_empty(B, dtype=torch.promote_types(lse.dtype, lse_dtype(x)))
+    lse = q.new_empty((B, H, T), dtype=dispatch.compute_dtype(q))
+    logdet = x.new_empty(B, dtype=dispatch.compute_dtype(q, x))
     return x.new_empty(x.shape), logdet, q.new_empty(q.shape), lse
 
 

@@ -2,9 +2,8 @@
 
 ``TABLE`` holds them per kernel and GPU family; the rows of ``"default"`` serve every other GPU, and
 sizes that a family has no row for. The first row whose limits hold for the sizes of the call is
-taken. ``FLOWOPS_AUTOTUNE=1`` times all
-rows of the kernel that can run on the call's sizes, once per kernel, family and sizes; without it
-nothing is ever timed, so that no first call stalls.
+taken. ``FLOWOPS_AUTOTUNE=1`` times all rows of the kernel that can run on the call's sizes, once
+per kernel, family and sizes; without it nothing is ever timed, so that no first call stalls.
 """
 
 import functools
@@ -59,25 +58,30 @@ def _family(index: int) -> str:
     return f"sm{10 * major}"
 
 
+@functools.cache
+def _find(kernel: str, family: str, sizes: tuple[tuple[str, int], ...]) -> Launch | None:
+    rows = TABLE[kernel]
+    for limits, launch in [*rows.get(family, []), *rows["default"]]:
+        if _holds(limits, sizes):
+            return launch
+    return None
+
+
 def serves(kernel: str, device: torch.device, sizes: dict[str, int]) -> bool:
     """Whether ``TABLE`` has a row of ``kernel`` for these sizes on this device."""
-    rows = TABLE[kernel]
-    rows = [*rows.get(family_of(device), []), *rows["default"]]
-    return any(_holds(limits, tuple(sizes.items())) for limits, _ in rows)
+    return _find(kernel, family_of(device), tuple(sizes.items())) is not None
 
 
-@functools.cache
 def choose(kernel: str, family: str, sizes: tuple[tuple[str, int], ...]) -> Launch:
     """The launch of ``kernel`` for these sizes.
 
     Raises:
         LookupError: if no row serves them (``serves`` says so before).
     """
-    rows = TABLE[kernel]
-    for limits, launch in [*rows.get(family, []), *rows["default"]]:
-        if _holds(limits, sizes):
-            return launch
-    raise LookupError(f"{kernel} has no launch for {dict(sizes)}")
+    found = _find(kernel, family, sizes)
+    if found is None:
+        raise LookupError(f"{kernel} has no launch for {dict(sizes)}")
+    return found
 
 
 def _holds(limits: dict[str, int], sizes: tuple[tuple[str, int], ...]) -> bool:

@@ -28,15 +28,6 @@ by_engine = pytest.mark.parametrize("engine", ENGINES)
 by_order = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors; one test compares thread counts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def data(B, T, C, width=2, dtypes=(torch.float32, torch.float32), mean=0.0):
     """x and shifts around ``mean``; log-scales of both signs, with a sum far from 0."""
     x = torch.randn(B, T, C, dtype=torch.float64) + mean

@@ -19,15 +19,6 @@ by_order = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "re
 by_width = pytest.mark.parametrize("D", WIDTHS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors; one test compares thread counts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def qkv(B, T, H, D, dtype=torch.float32, S=None, mean=0.0):
     """Contiguous q of T tokens, k and v of S."""
     shapes = ((B, T, H, D), *(2 * ((B, S or T, H, D),)))

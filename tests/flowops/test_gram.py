@@ -44,14 +44,6 @@ by_op = pytest.mark.parametrize("op", OPS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def skip_unless_stored(backend, dtype):
     x = torch.ones(1, 1, dtype=dtype)
     usable, reason = dispatch.can_run("se_gram", backend, x, x, x[0], "se", "fp32")

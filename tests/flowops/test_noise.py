@@ -34,15 +34,6 @@ KNOWN_ANSWERS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors; one test compares thread counts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def philox(counter, key):
     """Philox4x32-10 in Python integers, as in Salmon et al., section 3.3."""
     (c0, c1, c2, c3), (k0, k1) = counter, key

@@ -19,15 +19,6 @@ by_isa = pytest.mark.parametrize("isa", ISAS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors; one test compares thread counts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def laid_out(layout, rows, D, dtype, mean=0.0):
     """Data ``[rows, D]`` whose neighbours in memory, if it has any, are NaN."""
     x = (torch.randn(rows, D, dtype=torch.float64) + mean).to(dtype)

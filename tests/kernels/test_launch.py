@@ -14,9 +14,9 @@ def _table(monkeypatch):
     rows = {"default": [SMALL, LARGE], "sm90": [HOPPER], "sm80": [row(2, BLOCK=8, limits={"n": 4})]}
     monkeypatch.setitem(launch.TABLE, "toy", rows)
     monkeypatch.setattr(launch, "_TUNED", {})
-    launch.choose.cache_clear()
+    launch._find.cache_clear()
     yield
-    launch.choose.cache_clear()
+    launch._find.cache_clear()
 
 
 def test_the_first_row_that_holds_is_taken():
