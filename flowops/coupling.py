@@ -24,6 +24,7 @@ from .gram import (
     differentiable,
     empty_like,
     matmul_flops,
+    on_cpu,
     on_triton,
     se_gram_matmul_backward_reference,
     se_gram_matmul_reference,
@@ -132,6 +133,9 @@ on_triton("kernel_coupling", "gram", "coupling_fwd")
 on_triton("kernel_coupling_inverse", "gram", "coupling_inverse_fwd")
 on_triton("kernel_coupling_backward", "gram_backward", "coupling_bwd")
 on_triton("kernel_coupling_inverse_backward", "gram_backward", "coupling_inverse_bwd")
+
+on_cpu("kernel_coupling", 2)
+on_cpu("kernel_coupling_inverse", 3)
 
 # --- autograd -------------------------------------------------------------------------------------
 

@@ -232,6 +232,71 @@ on_triton("se_gram_matmul", "gram", "gram_matmul_fwd")
 on_triton("se_gram_backward", "gram_backward", "gram_bwd", strided=1)
 on_triton("se_gram_matmul_backward", "gram_backward", "gram_matmul_bwd")
 
+
+
+def on_cpu(op: str, code: int) -> None:
+    """Registers the native kernels for ``op``, ``GramOp(code)`` of csrc/cpu/kernels.h, and for its
+    backward. Their arithmetic and storage are one dtype; other tensors are converted."""
+    has_half, has_weights = code >= 2, code >= 1
+
+    def problem(x, half, z, w, lengthscale, kernel):
+        (N, D), M = x.shape, z.shape[0]
+        return (
+            *(dispatch.NATIVE_DTYPES[x.dtype], code, KERNELS.index(kernel)),
+            *(N, M, D, w.shape[1] if has_weights else 0, lengthscale.numel() > 1),
+            *(torch.get_num_threads(), x.data_ptr(), x.stride(0)),
+            *((half.data_ptr(), half.stride(0)) if has_half else (0, 0)),
+            *(z.data_ptr(), w.data_ptr() if has_weights else 0, lengthscale.data_ptr()),
+        )
+
+    def unpacked(tensors):
+        """x, half, z, w, lengthscale in the dtype of the arithmetic, with strides that the kernels
+        take."""
+        tensors = list(computing(*tensors))
+        strided = 2 if has_half else 1
+        for i, t in enumerate(tensors):
+            if not (t.is_contiguous() or (i < strided and t.stride(-1) == 1)):
+                tensors[i] = t.contiguous()
+        x, *rest, lengthscale = tensors
+        half = rest.pop(0) if has_half else None
+        return x, half, rest[0], rest[1] if has_weights else None, lengthscale
+
+    @dispatch.implement(op, "cpu")
+    def _(*args):
+        *tensors, kernel, _ = args
+        x, half, z, w, lengthscale = unpacked(tensors)
+        N, columns = x.shape[0], half.shape[1] if has_half else (w if has_weights else z.T).shape[1]
+        out = x.new_empty((N, columns))
+        logdet = x.new_empty(N) if code == 2 else None
+        dispatch.native().gram_forward(
+            *problem(x, half, z, w, lengthscale, kernel),
+            *(out.data_ptr(), 0 if logdet is None else logdet.data_ptr()),
+        )
+        out = out.to(tensors[1 if has_half else 0].dtype)
+        return out if logdet is None else (out, logdet)
+
+    @dispatch.implement(f"{op}_backward", "cpu")
+    def _(*args):
+        *tensors, kernel, _ = args
+        grads, tensors = tensors[: 2 if code == 2 else 1], tensors[2 if code == 2 else 1 :]
+        dtype = dispatch.compute_dtype(*tensors)
+        grads = [g.to(dtype).contiguous() for g in grads]
+        inputs = unpacked(tensors)
+        made = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+        x_grad, half_grad, z_grad, w_grad, lengthscale_grad = (
+            0 if t is None else t.data_ptr() for t in made
+        )
+        dispatch.native().gram_backward(
+            *problem(*inputs, kernel),
+            *(grads[0].data_ptr(), grads[1].data_ptr() if code == 2 else 0),
+            *(x_grad, half_grad, z_grad, w_grad, lengthscale_grad),
+        )
+        return cast_like([t for t in made if t is not None], tensors)
+
+
+on_cpu("se_gram", 0)
+on_cpu("se_gram_matmul", 1)
+
 # --- autograd ------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -148,6 +149,78 @@ void pad_noise(int dtype, Address rng, int64_t rows, int64_t features, int64_t p
     active.pad_noise(args);
 }
 
+// The arguments that every gram kernel takes, in the order of flowops/gram.py.
+template <class Args>
+Args gram_args(int dtype, int op, int profile, int64_t N, int64_t M, int64_t D, int64_t O,
+               bool per_feature, int threads, Address x, int64_t x_stride, Address half,
+               int64_t half_stride, Address z, Address w, Address lengthscale) {
+    Args args{};
+    args.dtype = DType(dtype);
+    args.op = GramOp(op);
+    args.profile = Profile(profile);
+    args.N = N;
+    args.M = M;
+    args.D = D;
+    args.O = O;
+    args.per_feature = per_feature;
+    args.threads = threads;
+    args.x = at<const void>(x);
+    args.x_stride = x_stride;
+    args.half = at<const void>(half);
+    args.half_stride = half_stride;
+    args.z = at<const void>(z);
+    args.w = at<const void>(w);
+    args.lengthscale = at<const void>(lengthscale);
+    return args;
+}
+
+// Uninitialised room for `elements` of the arithmetic's type, on a cache line.
+class Scratch {
+public:
+    Scratch(DType dtype, int64_t elements)
+        : data(static_cast<char *>(::operator new(size_t(elements) * (dtype == DType::f64 ? 8 : 4),
+                                                  std::align_val_t(64)))) {}
+    ~Scratch() { ::operator delete(data, std::align_val_t(64)); }
+    Scratch(const Scratch &) = delete;
+    char *const data;
+};
+
+void gram_forward(int dtype, int op, int profile, int64_t N, int64_t M, int64_t D, int64_t O,
+                  bool per_feature, int threads, Address x, int64_t x_stride, Address half,
+                  int64_t half_stride, Address z, Address w, Address lengthscale, Address out,
+                  Address logdet) {
+    auto args = gram_args<GramForwardArgs>(dtype, op, profile, N, M, D, O, per_feature, threads, x,
+                                           x_stride, half, half_stride, z, w, lengthscale);
+    args.out = at<void>(out);
+    args.logdet = at<void>(logdet);
+    const Scratch scratch(args.dtype, gram_forward_scratch(args));
+    args.scratch = scratch.data;
+    py::gil_scoped_release release;
+    active.gram_forward(args);
+}
+
+void gram_backward(int dtype, int op, int profile, int64_t N, int64_t M, int64_t D, int64_t O,
+                   bool per_feature, int threads, Address x, int64_t x_stride, Address half,
+                   int64_t half_stride, Address z, Address w, Address lengthscale, Address grad,
+                   Address grad_logdet, Address grad_x, Address grad_half, Address grad_z,
+                   Address grad_w, Address grad_lengthscale) {
+    auto args = gram_args<GramBackwardArgs>(dtype, op, profile, N, M, D, O, per_feature, threads, x,
+                                            x_stride, half, half_stride, z, w, lengthscale);
+    args.grad = at<const void>(grad);
+    args.grad_logdet = at<const void>(grad_logdet);
+    args.grad_x = at<void>(grad_x);
+    args.grad_half = at<void>(grad_half);
+    args.grad_z = at<void>(grad_z);
+    args.grad_w = at<void>(grad_w);
+    args.grad_lengthscale = at<void>(grad_lengthscale);
+    const Scratch scratch(args.dtype, gram_backward_scratch(args));
+    args.scratch = scratch.data;
+    std::vector<double> partials(size_t(gram_chunks(args) * (per_feature ? D : 1)));
+    args.dlengthscale_partials = partials.data();
+    py::gil_scoped_release release;
+    active.gram_backward(args);
+}
+
 }  // namespace
 }  // namespace flowops
 
@@ -163,4 +236,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("affine_inverse_backward", &affine_backward<&Kernels::affine_inverse_backward>);
     m.def("noise", &noise);
     m.def("pad_noise", &pad_noise);
+    m.def("gram_forward", &gram_forward);
+    m.def("gram_backward", &gram_backward);
 }

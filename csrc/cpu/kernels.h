@@ -62,6 +62,76 @@ struct PadNoiseArgs {
     int threads;
 };
 
+enum class GramOp : int { gram = 0, product = 1, coupling = 2, inverse = 3 };
+enum class Profile : int { se = 0, matern12 = 1, matern32 = 2, matern52 = 3 };
+
+// x [N, D] and half [N, O / 2] (x2 or y2 of a coupling, else null) have rows of their own stride
+// and a contiguous last dimension; z [M, D], w [M, O] (O = 0 for the matrix itself), lengthscale
+// ([D] or one) and all gradients are contiguous. Everything is float or double, as dtype says.
+struct GramArgs {
+    DType dtype;
+    GramOp op;
+    Profile profile;
+    int64_t N, M, D, O;
+    bool per_feature;  // lengthscale is [D]
+    int threads;
+    const void *x;
+    int64_t x_stride;
+    const void *half;
+    int64_t half_stride;
+    const void *z, *w, *lengthscale;
+    void *scratch;  // gram_forward_scratch or gram_backward_scratch elements
+};
+
+// out is [N, M], [N, O] or [N, O / 2]; logdet [N] of a coupling, else null.
+struct GramForwardArgs : GramArgs {
+    void *out, *logdet;
+};
+
+// grad is that of out; grad_logdet, grad_half and grad_w are null where there is none.
+struct GramBackwardArgs : GramArgs {
+    const void *grad, *grad_logdet;
+    void *grad_x, *grad_half, *grad_z, *grad_w, *grad_lengthscale;
+    double *dlengthscale_partials;  // gram_chunks * (D or 1)
+};
+
+constexpr int64_t gram_block = 256;      // points that a strip of rows meets at once
+constexpr int64_t gram_strip_rows = 32;  // at most; the widest registers hold 16 floats
+
+inline int64_t gram_padded(int64_t n) {
+    return (n + gram_strip_rows - 1) / gram_strip_rows * gram_strip_rows;
+}
+
+inline int64_t gram_points_elements(const GramArgs &a) {
+    return 2 * gram_padded(a.D) + gram_padded(a.M * a.D) + a.D * gram_padded(a.M);
+}
+
+inline int64_t gram_forward_elements(const GramArgs &a) {
+    return gram_strip_rows * (2 * gram_padded(a.D) + 2 * gram_padded(a.O) + 3 * gram_block);
+}
+
+inline int64_t gram_backward_elements(const GramArgs &a) {
+    return gram_forward_elements(a) +
+           gram_strip_rows * (2 * gram_block + 2 * gram_padded(a.O) + gram_padded(a.D));
+}
+
+// Runs of rows whose sums are kept apart: enough for many threads, few enough to stay small.
+inline int64_t gram_chunks(const GramArgs &a) {
+    const int64_t by_rows = (a.N + 511) / 512;
+    const int64_t by_memory = (int64_t(1) << 23) / ((a.D + a.O) * gram_padded(a.M));
+    const int64_t most = by_memory > 32 ? 32 : by_memory < 8 ? 8 : by_memory;
+    return by_rows < most ? by_rows : most;
+}
+
+inline int64_t gram_forward_scratch(const GramArgs &a) {
+    return gram_points_elements(a) + a.threads * gram_forward_elements(a);
+}
+
+inline int64_t gram_backward_scratch(const GramArgs &a) {
+    return gram_points_elements(a) + gram_chunks(a) * (a.D + a.O) * gram_padded(a.M) +
+           a.threads * gram_backward_elements(a);
+}
+
 // Work is cut at fixed places that depend on sizes alone, so results do not depend on threads.
 constexpr int64_t affine_chunk_elements = 8192;
 
@@ -82,6 +152,8 @@ struct Kernels {
     void (*affine_inverse_backward)(const AffineBackwardArgs &);
     void (*noise)(const NoiseArgs &);
     void (*pad_noise)(const PadNoiseArgs &);
+    void (*gram_forward)(const GramForwardArgs &);
+    void (*gram_backward)(const GramBackwardArgs &);
 };
 
 #define FLOWOPS_DECLARE_KERNELS(ISA)                          \
@@ -92,12 +164,15 @@ struct Kernels {
     void affine_inverse_backward(const AffineBackwardArgs &); \
     void noise(const NoiseArgs &);                            \
     void pad_noise(const PadNoiseArgs &);                     \
+    void gram_forward(const GramForwardArgs &);               \
+    void gram_backward(const GramBackwardArgs &);             \
     }
 
-#define FLOWOPS_KERNELS(ISA)                                                     \
-    Kernels {                                                                    \
-        #ISA, &ISA::affine_forward, &ISA::affine_backward, &ISA::affine_inverse, \
-            &ISA::affine_inverse_backward, &ISA::noise, &ISA::pad_noise          \
+#define FLOWOPS_KERNELS(ISA)                                                                 \
+    Kernels {                                                                                \
+        #ISA, &ISA::affine_forward, &ISA::affine_backward, &ISA::affine_inverse,             \
+            &ISA::affine_inverse_backward, &ISA::noise, &ISA::pad_noise, &ISA::gram_forward, \
+            &ISA::gram_backward                                                              \
     }
 
 }  // namespace flowops
