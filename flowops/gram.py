@@ -233,7 +233,6 @@ on_triton("se_gram_backward", "gram_backward", "gram_bwd", strided=1)
 on_triton("se_gram_matmul_backward", "gram_backward", "gram_matmul_bwd")
 
 
-
 def on_cpu(op: str, code: int) -> None:
     """Registers the native kernels for ``op``, ``GramOp(code)`` of csrc/cpu/kernels.h, and for its
     backward. Their arithmetic and storage are one dtype; other tensors are converted."""
@@ -282,7 +281,10 @@ def on_cpu(op: str, code: int) -> None:
         dtype = dispatch.compute_dtype(*tensors)
         grads = [g.to(dtype).contiguous() for g in grads]
         inputs = unpacked(tensors)
-        made = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+        made = [
+            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in inputs
+        ]
         x_grad, half_grad, z_grad, w_grad, lengthscale_grad = (
             0 if t is None else t.data_ptr() for t in made
         )

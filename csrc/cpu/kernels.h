@@ -112,7 +112,7 @@ inline int64_t gram_forward_elements(const GramArgs &a) {
 
 inline int64_t gram_backward_elements(const GramArgs &a) {
     return gram_forward_elements(a) +
-           gram_strip_rows * (2 * gram_block + 2 * gram_padded(a.O) + gram_padded(a.D));
+           gram_strip_rows * (3 * gram_block + 2 * gram_padded(a.O) + gram_padded(a.D));
 }
 
 // Runs of rows whose sums are kept apart: enough for many threads, few enough to stay small.

@@ -15,7 +15,7 @@ from flowops import (
     se_gram,
     se_gram_matmul,
 )
-from helpers import assert_close, poison
+from helpers import ISAS, assert_close, poison, running
 
 #: What can run on tensors of the CPU; the interpreter of Triton takes part where little is computed
 #: and has tests of its own for the rest.
@@ -684,3 +684,75 @@ def test_weights_must_fit_the_half_that_moves(op):
     arguments = {name: GOOD[name] for name in ARGUMENTS[op]}
     with pytest.raises(ValueError, match=r"^w: expected \[4, 4\] for z of \[4, 3\], got \[4, 2\]"):
         OPS[op][0](**{**arguments, "w": ones(4, 2)})
+
+
+# --- the native kernels ---------------------------------------------------------------------------
+
+native = pytest.mark.skipif("cpu" not in BACKENDS, reason="flowops._C was not built")
+
+
+@native
+@by_op
+@by_kernel
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_every_instruction_set(isa, op, kernel, dtype):
+    # A strip and part of one; whole and cut groups of points, outputs, features; two blocks.
+    for N, M, D, O in ((33, 17, 9, 3), (65, 300, 3, 5), (3, 257, 1, 1)):
+        with running(isa):
+            inputs = inputs_of(op, N, M, D, O, dtype, vector=D == 9, apart=True)
+            check_against_fp64(op, inputs, kernel, "cpu")
+
+
+@native
+@by_op
+@pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
+def test_native_results_do_not_depend_on_threads(op, vector):
+    inputs = inputs_of(op, 3000, 40, 5, 4, torch.float32, vector)
+    weights = weights_of(op, inputs, "se")
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(values_and_gradients(lambda *t: OPS[op][0](*t), inputs, weights))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@native
+@by_op
+def test_native_kernels_read_rows_in_place(op):
+    inputs = inputs_of(op, 50, 20, 5, 4, torch.float32)
+    expected = as_tuple(OPS[op][0](*inputs))
+    wide = [
+        torch.full((t.shape[0], 2 * t.shape[1] + 3), math.nan) if t.ndim == 2 else t for t in inputs
+    ]
+    views = [
+        w[:, 1 : 1 + t.shape[1]] if t.ndim == 2 else t for w, t in zip(wide, inputs, strict=True)
+    ]
+    for view, tensor in zip(views, inputs, strict=True):
+        view.copy_(tensor)
+    transposed = [t.T.contiguous().T if t.ndim == 2 else t for t in inputs]
+    for other in (views, transposed):
+        actual = as_tuple(OPS[op][0](*other))
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@native
+@by_kernel
+def test_exponentials_over_their_whole_range(kernel):
+    distances = torch.cat([torch.logspace(-6, 6, 3000), torch.linspace(0, 110, 3000)])
+    z = torch.zeros(1, 1)
+    for lengthscale in (0.3, 1.0, 7.3):
+        x = (distances * lengthscale).unsqueeze(1)
+        K = se_gram(x, z, lengthscale, kernel=kernel, backend="cpu").double()
+        golden = se_gram(x.double(), z.double(), torch.tensor(lengthscale).double(), kernel=kernel)
+        # e^-t is 0 where it leaves the normal range; Matern kernels multiply it by up to 3,000.
+        normal = golden > 1e-34
+        # A distance off by half a unit of its rounding moves -log k by as much times its slope.
+        sharpness = 2 * (golden.log().abs() + 2)
+        relative = ((K - golden) / golden).abs()[normal]
+        assert (relative <= sharpness[normal] * torch.finfo(torch.float32).eps).all()
+        assert (K[~normal] <= 1.1e-34).all()
