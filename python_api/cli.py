@@ -16,7 +16,9 @@ USAGE = """usage: flowops COMMAND [options]
 commands:
   demo     train a TarFlow on 5,000 MNIST digits in about three minutes, draw and measure
   train    train a TarFlow on mnist, digits or a folder of images
-  sample   draw images from a trained model
+  fit      fit a density to a table: kernel flows, padded flows, spline and autoregressive ones
+  score    log-likelihood of the rows of a table under a fitted density
+  sample   draw images from a trained TarFlow, or rows from a fitted density
   eval     bits per dim and classification of a trained model on held-out images
   bench    time the ops and the model against what else there is, on the CPU or the GPU
   doctor   versions, devices, and which backends are usable and why
@@ -43,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "flowops":
             raise
+        extra = "density" if name in ("fit", "score") else "demo"
         print(
-            f"flowops: {name} needs the package {error.name}: pip install 'flowops[demo]'",
+            f"flowops: {name} needs the package {error.name}: pip install 'flowops[{extra}]'",
             file=sys.stderr,
         )
         return 1
@@ -177,7 +180,29 @@ def _train(args) -> None:
         console.print(args.out / name, highlight=False)
 
 
+def fit(argv: list[str]) -> None:
+    from .cli_density import fit as run
+
+    run(argv)
+
+
+def score(argv: list[str]) -> None:
+    from .cli_density import score as run
+
+    run(argv)
+
+
 def sample(argv: list[str]) -> None:
+    from .cli_density import sample as sample_rows
+    from .density import is_density
+
+    if any(is_density(argument) for argument in argv if not argument.startswith("-")):
+        sample_rows(argv)
+    else:
+        _sample_images(argv)
+
+
+def _sample_images(argv: list[str]) -> None:
     import torch
     import tyro
 
@@ -186,7 +211,8 @@ def sample(argv: list[str]) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
-        """Draw images from a model that `flowops train` or `flowops demo` saved."""
+        """Draw images from a model that `flowops train` or `flowops demo` saved. With a model of
+        `flowops fit` the command draws rows: --out samples.csv, --n, --seed."""
 
         model: tyro.conf.Positional[Path]
         """model.safetensors"""
@@ -278,6 +304,8 @@ def _device() -> str:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": demo,
     "train": train,
+    "fit": fit,
+    "score": score,
     "sample": sample,
     "eval": evaluate_model,
     "bench": bench,
