@@ -60,18 +60,6 @@ template <class A, int I>
 struct Sums {
     Register<A> at[I][2];
 
-    static Sums zero() { return {}; }
-
-    static Sums load(const A *p, int64_t stride) {
-        Sums sums;
-#pragma GCC unroll 8
-        for (int i = 0; i < I; ++i) {
-            sums.at[i][0] = load_raw<lanes<A>>(p + i * stride);
-            sums.at[i][1] = load_raw<lanes<A>>(p + i * stride + lanes<A>);
-        }
-        return sums;
-    }
-
     void store(A *p, int64_t stride) const {
 #pragma GCC unroll 8
         for (int i = 0; i < I; ++i) {
@@ -80,18 +68,19 @@ struct Sums {
         }
     }
 
-    void add(const Sums &other) {
+    void add_to(A *p, int64_t stride) const {
 #pragma GCC unroll 8
         for (int i = 0; i < I; ++i) {
-            at[i][0] += other.at[i][0];
-            at[i][1] += other.at[i][1];
+            A *to = p + i * stride;
+            store_raw<lanes<A>>(to, load_raw<lanes<A>>(to) + at[i][0]);
+            store_raw<lanes<A>>(to + lanes<A>, load_raw<lanes<A>>(to + lanes<A>) + at[i][1]);
         }
     }
 
     // sum_k q_k (v_k - b_ik)^2; without `weighted` q is not read.
     template <bool weighted>
-    void add_squares(int64_t n, const A *b, int64_t b_i, const A *v, int64_t v_k, const A *q) {
-        in_runs(n, [&](Sums &sums, int64_t k) {
+    static Sums squares(int64_t n, const A *b, int64_t b_i, const A *v, int64_t v_k, const A *q) {
+        return in_runs(n, [=](Sums &sums, int64_t k) {
             const auto v0 = load_raw<lanes<A>>(v + k * v_k);
             const auto v1 = load_raw<lanes<A>>(v + k * v_k + lanes<A>);
 #pragma GCC unroll 8
@@ -104,8 +93,8 @@ struct Sums {
     }
 
     // sum_k v_k b_ik
-    void add_products(int64_t n, const A *b, int64_t b_i, int64_t b_k, const A *v, int64_t v_k) {
-        in_runs(n, [&](Sums &sums, int64_t k) {
+    static Sums products(int64_t n, const A *b, int64_t b_i, int64_t b_k, const A *v, int64_t v_k) {
+        return in_runs(n, [=](Sums &sums, int64_t k) {
             const auto v0 = load_raw<lanes<A>>(v + k * v_k);
             const auto v1 = load_raw<lanes<A>>(v + k * v_k + lanes<A>);
 #pragma GCC unroll 8
@@ -116,31 +105,19 @@ struct Sums {
         });
     }
 
-    // sum_k v_k (u_i - b_ik)
-    void add_differences(int64_t n, const A *b, int64_t b_k, const A *v, int64_t v_k,
-                         const Sums &u) {
-        in_runs(n, [&](Sums &sums, int64_t k) {
+    // sum_k v_k (b_ik - u_i), or with `squared` sum_k v_k (b_ik - u_i)^2
+    template <bool squared>
+    static Sums differences(int64_t n, const A *b, int64_t b_k, const A *v, int64_t v_k, const A *u,
+                            int64_t u_i) {
+        return in_runs(n, [=](Sums &sums, int64_t k) {
             const auto v0 = load_raw<lanes<A>>(v + k * v_k);
             const auto v1 = load_raw<lanes<A>>(v + k * v_k + lanes<A>);
 #pragma GCC unroll 8
             for (int i = 0; i < I; ++i) {
-                sums.at[i][0] += v0 * (u.at[i][0] - b[i + k * b_k]);
-                sums.at[i][1] += v1 * (u.at[i][1] - b[i + k * b_k]);
-            }
-        });
-    }
-
-    // sum_k v_k (u_i - b_ik)^2
-    void add_weighted_squares(int64_t n, const A *b, int64_t b_k, const A *v, int64_t v_k,
-                              const Sums &u) {
-        in_runs(n, [&](Sums &sums, int64_t k) {
-            const auto v0 = load_raw<lanes<A>>(v + k * v_k);
-            const auto v1 = load_raw<lanes<A>>(v + k * v_k + lanes<A>);
-#pragma GCC unroll 8
-            for (int i = 0; i < I; ++i) {
-                const auto d0 = u.at[i][0] - b[i + k * b_k], d1 = u.at[i][1] - b[i + k * b_k];
-                sums.at[i][0] += v0 * d0 * d0;
-                sums.at[i][1] += v1 * d1 * d1;
+                const auto d0 = b[i + k * b_k] - load_raw<lanes<A>>(u + i * u_i);
+                const auto d1 = b[i + k * b_k] - load_raw<lanes<A>>(u + i * u_i + lanes<A>);
+                sums.at[i][0] += squared ? v0 * d0 * d0 : v0 * d0;
+                sums.at[i][1] += squared ? v1 * d1 * d1 : v1 * d1;
             }
         });
     }
@@ -149,14 +126,21 @@ private:
     // body(sums, k) for k < n, in runs whose sums are added up one by one: long sums in one
     // accumulator would round more than those of a matrix product do.
     template <class Body>
-    void in_runs(int64_t n, Body body) {
-        constexpr int64_t run = 16;
-        for (int64_t k0 = 0; k0 < n; k0 += run) {
-            Sums sums = zero();
+    static Sums in_runs(int64_t n, Body body) {
+        constexpr int64_t run = 32;
+        Sums total = {};
+        for (int64_t k = 0; k < (n < run ? n : run); ++k) body(total, k);
+        for (int64_t k0 = run; k0 < n; k0 += run) {
+            Sums sums = {};
             const int64_t end = k0 + run < n ? k0 + run : n;
             for (int64_t k = k0; k < end; ++k) body(sums, k);
-            add(sums);
+#pragma GCC unroll 8
+            for (int i = 0; i < I; ++i) {
+                total.at[i][0] += sums.at[i][0];
+                total.at[i][1] += sums.at[i][1];
+            }
         }
+        return total;
     }
 };
 
@@ -313,9 +297,9 @@ struct Points {
         }
     }
 
-    // dS/dx = this times (x - z), both multiplied by up.
+    // dS/dx = this times (z - x), both multiplied by up.
     double slope_of_difference(int64_t d) const {
-        return 2 * (args.per_feature ? double(q[d]) : q_all) * double(up[d]);
+        return -2 * (args.per_feature ? double(q[d]) : q_all) * double(up[d]);
     }
 };
 
@@ -374,13 +358,14 @@ struct Strip {
     void kernel_tile(int64_t m0, A *slope = nullptr) {
         const int64_t n = count(m0);
         for_groups(n, [&](int64_t i, auto length) {
-            auto sums = Sums<A, decltype(length)::value>::zero();
+            using Tile = Sums<A, decltype(length)::value>;
             const A *z = points.z + (m0 + i) * args.D;
             if (args.per_feature)
-                sums.template add_squares<true>(args.D, z, args.D, xT, R, points.q);
+                Tile::template squares<true>(args.D, z, args.D, xT, R, points.q)
+                    .store(S + i * R, R);
             else
-                sums.template add_squares<false>(args.D, z, args.D, xT, R, nullptr);
-            sums.store(S + i * R, R);
+                Tile::template squares<false>(args.D, z, args.D, xT, R, nullptr)
+                    .store(S + i * R, R);
         });
         switch (args.profile) {
             case Profile::se:
@@ -407,12 +392,13 @@ struct Strip {
     // outT[o] += sum_m w[m][o] K[m] for the first `columns` columns of w; the first block sets it.
     void add_outputs(int64_t m0, int64_t columns) {
         for_groups(columns, [&](int64_t o, auto length) {
-            using Out = Sums<A, decltype(length)::value>;
-            A *to = outT + o * R;
-            auto sums = m0 == 0 ? Out::zero() : Out::load(to, R);
             const A *w = static_cast<const A *>(args.w) + m0 * args.O + o;
-            sums.add_products(count(m0), w, 1, args.O, K, R);
-            sums.store(to, R);
+            const auto sums =
+                Sums<A, decltype(length)::value>::products(count(m0), w, 1, args.O, K, R);
+            if (m0 == 0)
+                sums.store(outT + o * R, R);
+            else
+                sums.add_to(outT + o * R, R);
         });
     }
 

@@ -103,9 +103,8 @@ struct BackwardStrip : Strip<A> {
         } else {
             for_groups(n, [&](int64_t i, auto length) {
                 constexpr int I = decltype(length)::value;
-                auto dK = Sums<A, I>::zero();
                 const A *w = static_cast<const A *>(args.w) + (m0 + i) * args.O;
-                dK.add_products(args.O, w, args.O, 1, gT, R);
+                const auto dK = Sums<A, I>::products(args.O, w, args.O, 1, gT, R);
                 Register<A> some = {};
 #pragma GCC unroll 8
                 for (int j = 0; j < I; ++j) {
@@ -123,29 +122,28 @@ struct BackwardStrip : Strip<A> {
     }
 
     void add_to_weights(int64_t m0, const Partial<A> &partial) {
+        const int64_t ld = points.ld_points;
         for (int64_t i = 0; i < count(m0); i += R)
             for_groups(args.O, [&](int64_t o, auto length) {
-                A *to = partial.dwT + o * points.ld_points + m0 + i;
-                auto sums = Sums<A, decltype(length)::value>::load(to, points.ld_points);
-                sums.add_products(rows, g + o, 1, ld_outputs, rowwise + i, gram_block);
-                sums.store(to, points.ld_points);
+                Sums<A, decltype(length)::value>::products(rows, g + o, 1, ld_outputs, rowwise + i,
+                                                           gram_block)
+                    .add_to(partial.dwT + o * ld + m0 + i, ld);
             });
     }
 
-    // sum_n V (z - x), and for lengthscales by feature sum_nm V (z - x)^2.
+    // sum_n V (x - z), and for lengthscales by feature sum_nm V (x - z)^2.
     void add_to_points(int64_t m0, const Partial<A> &partial) {
+        const int64_t ld = points.ld_points;
         for (int64_t i = 0; i < count(m0); i += R)
             for_groups(args.D, [&](int64_t d, auto length) {
                 using Dz = Sums<A, decltype(length)::value>;
-                const int64_t ld = points.ld_points, at = d * ld + m0 + i;
-                const auto z = Dz::load(points.zT + at, ld);
-                auto sums = Dz::load(partial.dzT + at, ld);
-                sums.add_differences(rows, xs + d, ld_features, V_rowwise + i, gram_block, z);
-                sums.store(partial.dzT + at, ld);
+                const int64_t at = d * ld + m0 + i;
+                const A *x = xs + d, *v = V_rowwise + i, *z = points.zT + at;
+                Dz::template differences<false>(rows, x, ld_features, v, gram_block, z, ld)
+                    .add_to(partial.dzT + at, ld);
                 if (!args.per_feature) return;
-                auto squares = Dz::zero();
-                squares.add_weighted_squares(rows, xs + d, ld_features, V_rowwise + i, gram_block,
-                                             z);
+                const auto squares =
+                    Dz::template differences<true>(rows, x, ld_features, v, gram_block, z, ld);
                 for (int j = 0; j < decltype(length)::value; ++j)
                     for (int lane = 0; lane < lanes<A>; ++lane)
                         partial.dlengthscale[d + j] +=
@@ -153,15 +151,15 @@ struct BackwardStrip : Strip<A> {
             });
     }
 
-    // sum_m V (x - z)
+    // sum_m V (z - x)
     void add_to_rows(int64_t m0) {
         for_groups(args.D, [&](int64_t d, auto length) {
-            using Dx = Sums<A, decltype(length)::value>;
-            A *to = dxT + d * R;
-            auto sums = m0 == 0 ? Dx::zero() : Dx::load(to, R);
-            sums.add_differences(count(m0), points.z + m0 * args.D + d, args.D, V, R,
-                                 Dx::load(xT + d * R, R));
-            sums.store(to, R);
+            const auto sums = Sums<A, decltype(length)::value>::template differences<false>(
+                count(m0), points.z + m0 * args.D + d, args.D, V, R, xT + d * R, R);
+            if (m0 == 0)
+                sums.store(dxT + d * R, R);
+            else
+                sums.add_to(dxT + d * R, R);
         });
     }
 
