@@ -1,11 +1,28 @@
-"""What a user holds: layers, flows, model files. The command line is ``flowops.api.cli``."""
+"""What a user holds: layers, flows, densities, model files. The command line is
+``flowops.api.cli``; tables and data sets are in ``flowops.api.table``, ``uci`` and ``sets``."""
 
 from .checkpoint import load_model, save_model
+from .density import Density, FlowSpec
+from .ferumal import FerumalFlow, KernelCoupling
+from .fit import FitConfig, fit_flow
+from .mixing import ActNorm, LULinear, Permutation
+from .padded import PaddedFlow, PadNoise
 from .tarflow import TarFlow, TarFlowBlock, gaussian_noise, patchify, uniform_dequantize, unpatchify
 
 __all__ = [
+    "ActNorm",
+    "Density",
+    "FerumalFlow",
+    "FitConfig",
+    "FlowSpec",
+    "KernelCoupling",
+    "LULinear",
+    "PadNoise",
+    "PaddedFlow",
+    "Permutation",
     "TarFlow",
     "TarFlowBlock",
+    "fit_flow",
     "gaussian_noise",
     "load_model",
     "patchify",
