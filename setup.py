@@ -81,7 +81,7 @@ def _first_error(log: str) -> str:
 
 
 setup(
-    packages=["flowops", "flowops.api", "flowops.bench", "flowops.kernels"],
+    packages=["flowops", "flowops.api", "flowops.bench", "flowops.bench.papers", "flowops.kernels"],
     package_dir={
         "flowops": "flowops",
         "flowops.api": "python_api",

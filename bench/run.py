@@ -58,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         epilog="docs/benchmarks.md explains the columns and the rules.",
     )
     parser.add_argument(
-        "ops", nargs="*", metavar="op", help=f"some of {', '.join(OPS)}; none for all; or overhead"
+        "ops", nargs="*", metavar="op", help=f"some of {', '.join(OPS)}; none for all; or overhead; or papers"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument(
@@ -147,6 +147,10 @@ def results_folder(env: dict) -> Path | None:
 
 def main(argv: list[str]) -> int:
     """Returns the exit status: 1 where a gate failed or a GPU got slower."""
+    if argv[:1] == ["papers"]:
+        from .papers.run import main as papers
+
+        return papers(argv[1:])
     args = parse(argv)
     if args.ops == ["overhead"]:
         from .overhead import main as overhead
