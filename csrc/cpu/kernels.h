@@ -117,7 +117,7 @@ inline int64_t gram_backward_elements(const GramArgs &a) {
 
 // Runs of rows whose sums are kept apart: enough for many threads, few enough to stay small.
 inline int64_t gram_chunks(const GramArgs &a) {
-    const int64_t by_rows = (a.N + 511) / 512;
+    const int64_t by_rows = (a.N + 127) / 128;
     const int64_t by_memory = (int64_t(1) << 23) / ((a.D + a.O) * gram_padded(a.M));
     const int64_t most = by_memory > 32 ? 32 : by_memory < 8 ? 8 : by_memory;
     return by_rows < most ? by_rows : most;
