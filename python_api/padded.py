@@ -83,7 +83,17 @@ class PadNoise(nn.Module):
         return (x + data_scale * eps).to(x.dtype)
 
     def pads_log_prob(self, pads: Tensor) -> Tensor:
-        """``log N(pads; 0, pad_scale^2)`` in nats: ``[..., pad] -> [...]``."""
+        """``log N(pads; 0, pad_scale^2)``.
+
+        Args:
+            pads: ``[..., pad]``, floating.
+
+        Returns:
+            ``[...]`` in nats.
+
+        Raises:
+            TypeError, ValueError: naming what is off.
+        """
         check_floating(pads=pads)
         if pads.ndim < 1 or pads.shape[-1] != self.pad:
             raise ValueError(f"pads: expected [..., {self.pad}], got {list(pads.shape)}")
@@ -330,6 +340,9 @@ class PaddedFlow(nn.Module):
         Args:
             data: ``[N, features]``, floating.
             rng: of the pads, as in ``flowops.make_rng``.
+
+        Raises:
+            TypeError, ValueError: naming the argument that is off; what the flow raises.
         """
         self._check_rows("data", data)
         if hasattr(self.flow, "initialize"):
