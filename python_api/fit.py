@@ -47,7 +47,7 @@ class FitConfig:
 class FitResult:
     """What happened. Likelihoods are means in nats a row, of the rows as the flow saw them."""
 
-    stopped: str  # "patience", "steps" or "diverged"
+    stopped: str  # "patience", "steps", "interrupted" or "diverged"
     best_step: int = 0
     best_valid: float = -math.inf
     records: list[dict[str, float]] = field(default_factory=list)
@@ -64,7 +64,8 @@ def fit_flow(
     """Trains ``flow`` in place and leaves it in eval mode with its best parameters.
 
     The order of rows, and so the result, depends on the seed alone. A padded flow is trained by the
-    ELBO with one pad a row and validated by IWAE with the same pads every time.
+    ELBO with one pad a row and validated by IWAE with the same pads every time. An interrupt
+    (Ctrl-C) after the first validation ends training like patience does.
 
     Args:
         flow: with ``log_prob(x [N, D]) -> [N]``. Flows with ``initialize(data)`` get it first.
@@ -86,46 +87,48 @@ def fit_flow(
     )
     batches = _batches(len(train), config.batch_size, generator)
     result, best, seconds, bad = FitResult("steps"), None, 0.0, 0
-    for first in range(0, config.steps, config.eval_every):
-        flow.train()
-        count = min(config.eval_every, config.steps - first)
-        started, losses = time.perf_counter(), []
-        for step in range(first, first + count):
-            loss = -_training_log_prob(flow, train[next(batches)], config, step).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(flow.parameters(), config.grad_clip)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-        mean_loss = torch.stack(losses).mean().item()
-        seconds += time.perf_counter() - started
-        likelihood = mean_log_prob(flow, valid, config.num_pads, config.seed)[0]
-        record = {
-            "step": first + count,
-            "train": -mean_loss,
-            "valid": likelihood,
-            "seconds": seconds,
-        }
-        if not (math.isfinite(mean_loss) and math.isfinite(likelihood)):
-            if best is None:
-                raise FloatingPointError(
-                    f"the likelihood is not finite after {first + count} steps (training "
-                    f"{-mean_loss}, validation {likelihood}): lower the learning rate {config.lr}"
-                )
-            result.stopped = "diverged"
-            break
-        result.records.append(record)
-        if on_validation is not None:
-            on_validation(record)
-        if likelihood > result.best_valid:
-            result.best_step, result.best_valid, bad = first + count, likelihood, 0
-            best = copy.deepcopy(flow.state_dict())
-        else:
-            bad += 1
+    try:
+        for first in range(0, config.steps, config.eval_every):
+            count = min(config.eval_every, config.steps - first)
+            started, losses = time.perf_counter(), []
+            flow.train()
+            for step in range(first, first + count):
+                loss = -_training_log_prob(flow, train[next(batches)], config, step).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(flow.parameters(), config.grad_clip)
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.detach())
+            likelihood = -torch.stack(losses).mean().item()
+            seconds += time.perf_counter() - started
+            valid_likelihood = mean_log_prob(flow, valid, config.num_pads, config.seed)[0]
+            if not (math.isfinite(likelihood) and math.isfinite(valid_likelihood)):
+                if best is None:
+                    raise FloatingPointError(
+                        f"the likelihood is not finite after {first + count} steps (training "
+                        f"{likelihood}, validation {valid_likelihood}): lower the learning rate "
+                        f"{config.lr}"
+                    )
+                result.stopped = "diverged"
+                break
+            numbers = (first + count, likelihood, valid_likelihood, seconds)
+            record = dict(zip(("step", "train", "valid", "seconds"), numbers, strict=True))
+            result.records.append(record)
+            if valid_likelihood > result.best_valid:
+                result.best_step, result.best_valid, bad = first + count, valid_likelihood, 0
+                best = copy.deepcopy(flow.state_dict())
+            else:
+                bad += 1
+            if on_validation is not None:
+                on_validation(record)
             if bad >= config.patience:
                 result.stopped = "patience"
                 break
+    except KeyboardInterrupt:
+        if best is None:
+            raise
+        result.stopped = "interrupted"
     flow.load_state_dict(best)
     flow.eval()
     return result

@@ -81,6 +81,23 @@ def test_a_likelihood_that_is_not_finite():
     assert flow.mean.isfinite().all()
 
 
+def test_an_interrupt_keeps_what_there_is():
+    def interrupt_at(step):
+        def on_validation(record):
+            if record["step"] == step:
+                raise KeyboardInterrupt
+
+        return on_validation
+
+    train, flow = torch.randn(64, 2) + 5, Normal(2)
+    result = fit_flow(flow, train, train, FitConfig(steps=100, eval_every=10), interrupt_at(20))
+    assert (result.stopped, result.best_step, len(result.records)) == ("interrupted", 20, 2)
+    assert mean_log_prob(flow, train)[0] == result.best_valid
+    flow.log_prob = lambda x: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit_flow(flow, train, train, FitConfig())
+
+
 def test_every_row_is_seen_once_an_epoch():
     class Recorder(Normal):
         def log_prob(self, x):
