@@ -70,12 +70,13 @@ inline Register<A> root(Register<A> S) {
 inline double slope_factor(const GramArgs &args) { return args.profile == Profile::se ? -0.5 : 1; }
 
 // What all strips share. Feature d of x and z is multiplied by up[d], the power of two next to
-// 1 / lengthscale, and what is left of 1 / lengthscale^2 is q[d], or q_all for all features.
+// 1 / lengthscale, and what is left of 1 / lengthscale^2 is q[d], or q_all for all features. pull
+// is difference_factor.
 template <class A>
 struct Points {
     const GramArgs &args;
     int64_t ld_features, ld_points;
-    A *up, *q, *z, *zT;  // [D], [D], [M][D], [D][ld_points]
+    A *up, *q, *pull, *z, *zT;  // [D], [D], [D], [M][D], [D][ld_points]
     double q_all = 1;
 
     Points(const GramArgs &a, A *&scratch)
@@ -83,7 +84,8 @@ struct Points {
         const A *lengthscale = static_cast<const A *>(a.lengthscale);
         up = scratch;
         q = up + ld_features;
-        z = q + ld_features;
+        pull = q + ld_features;
+        z = pull + ld_features;
         zT = z + padded<A>(a.M * a.D);
         scratch = zT + a.D * ld_points;
         for (int64_t d = 0; d < a.D; ++d) {
@@ -95,6 +97,7 @@ struct Points {
             up[d] = A(power);
             q[d] = A(rest * rest);
             if (!a.per_feature) q_all = rest * rest;
+            pull[d] = A(difference_factor(d));
         }
         const A *points = static_cast<const A *>(a.z);
         for (int64_t d = 0; d < a.D; ++d) {
@@ -104,9 +107,9 @@ struct Points {
         }
     }
 
-    // dS/dx = this times (z - x), both multiplied by up.
-    double slope_of_difference(int64_t d) const {
-        return -2 * (args.per_feature ? double(q[d]) : q_all) * double(up[d]);
+    // dk/dx is this times the slope and (z - x), as those are kept.
+    double difference_factor(int64_t d) const {
+        return -2 * slope_factor(args) * (args.per_feature ? double(q[d]) : q_all) * double(up[d]);
     }
 };
 

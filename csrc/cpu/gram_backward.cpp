@@ -167,9 +167,7 @@ struct BackwardStrip : Strip<A> {
         transpose(dxT, R, xs, ld_features, ld_features, R);
         for (int64_t r = 0; r < rows; ++r) {
             A *to = static_cast<A *>(backward.grad_x) + (first + r) * args.D;
-            for (int64_t d = 0; d < args.D; ++d)
-                to[d] =
-                    xs[r * ld_features + d] * A(slope_factor(args) * points.slope_of_difference(d));
+            for (int64_t d = 0; d < args.D; ++d) to[d] = xs[r * ld_features + d] * points.pull[d];
         }
     }
 
@@ -229,14 +227,12 @@ void backward(const GramBackwardArgs &args) {
         for (int64_t c = 0; c < chunks; ++c) sum += partials[c * sums + at];
         return sum;
     };
-    const double factor = slope_factor(args);
     for_workers(threads, [&](int worker) {
         A *dw = static_cast<A *>(args.grad_w), *dz = static_cast<A *>(args.grad_z);
         for (int64_t m = args.M * worker / threads; m < args.M * (worker + 1) / threads; ++m) {
             for (int64_t o = 0; o < args.O; ++o) dw[m * args.O + o] = A(total(o * ld + m));
             for (int64_t d = 0; d < args.D; ++d)
-                dz[m * args.D + d] =
-                    A(factor * points.slope_of_difference(d) * total((args.O + d) * ld + m));
+                dz[m * args.D + d] = A(points.difference_factor(d) * total((args.O + d) * ld + m));
         }
     });
     for (int64_t d = 0; d < scales; ++d) {
@@ -244,7 +240,8 @@ void backward(const GramBackwardArgs &args) {
         for (int64_t c = 0; c < chunks; ++c) sum += dlengthscales[c * scales + d];
         const double q = args.per_feature ? double(points.q[d]) : points.q_all;
         static_cast<A *>(args.grad_lengthscale)[d] =
-            A(-2 * factor * q * sum / double(static_cast<const A *>(args.lengthscale)[d]));
+            A(-2 * slope_factor(args) * q * sum /
+              double(static_cast<const A *>(args.lengthscale)[d]));
     }
 }
 

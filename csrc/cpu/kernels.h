@@ -103,7 +103,7 @@ inline int64_t gram_padded(int64_t n) {
 }
 
 inline int64_t gram_points_elements(const GramArgs &a) {
-    return 2 * gram_padded(a.D) + gram_padded(a.M * a.D) + a.D * gram_padded(a.M);
+    return 3 * gram_padded(a.D) + gram_padded(a.M * a.D) + a.D * gram_padded(a.M);
 }
 
 inline int64_t gram_forward_elements(const GramArgs &a) {
