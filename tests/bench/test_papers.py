@@ -212,6 +212,9 @@ def test_padding_claims_are_ratios():
     assert lowers.verdict == HOLDS
     grows = next(claim for text, claim in found.items() if "likelihood still grows" in text)
     assert grows.cases[0][1].mean == pytest.approx(1.0)
+    more = next(claim for text, claim in found.items() if "by more than" in text)
+    assert more.cases[0][1].mean == 0
+    assert more.verdict == UNDECIDED
 
 
 # --- contenders and data -------------------------------------------------------------------------
