@@ -47,9 +47,10 @@ void forward(const GramForwardArgs &args) {
                     continue;
                 }
                 const int64_t n = strip.count(m0);
-                transpose(strip.K, R, strip.rowwise, gram_block, padded<A>(n), R);
+                transpose(strip.K, strip.ld_rows, strip.rowwise, strip.ld_block, padded<A>(n), R);
                 for (int64_t r = 0; r < strip.rows; ++r)
-                    copy(strip.rowwise + r * gram_block, out + (strip.first + r) * args.M + m0, n);
+                    copy(strip.rowwise + r * gram_ld_block, out + (strip.first + r) * args.M + m0,
+                         n);
             }
             if (args.op == GramOp::gram) continue;
             strip.outputs_as_rows(args.O);

@@ -117,6 +117,8 @@ struct Points {
 template <class A>
 struct Strip {
     static constexpr int64_t R = strip_rows<A>;
+    static constexpr Constant<R> ld_rows = {};
+    static constexpr Constant<gram_ld_block> ld_block = {};
 
     const GramArgs &args;
     const Points<A> &points;
@@ -125,7 +127,7 @@ struct Strip {
     A *xs, *xT;                   // [R][ld_features], [ld_features][R]
     A *S, *K;                     // [gram_block][R]
     A *outT, *out;                // [ld_outputs][R], [R][ld_outputs]
-    A *rowwise;                   // [R][gram_block], K as rows
+    A *rowwise;                   // [R][ld_block], K as rows
 
     Strip(const Points<A> &p, A *&scratch)
         : args(p.args), points(p), ld_features(p.ld_features), ld_outputs(padded<A>(args.O)) {
@@ -135,7 +137,7 @@ struct Strip {
         K = take(scratch, R * gram_block);
         outT = take(scratch, R * ld_outputs);
         out = take(scratch, R * ld_outputs);
-        rowwise = take(scratch, R * gram_block);
+        rowwise = take(scratch, R * ld_block);
     }
 
     static A *take(A *&scratch, int64_t n) {
@@ -158,7 +160,7 @@ struct Strip {
             for (int64_t d = 0; d < args.D; ++d) to[d] = x[d] * points.up[d];
             for (int64_t d = args.D; d < ld_features; ++d) to[d] = 0;
         }
-        transpose(xs, ld_features, xT, R, R, ld_features);
+        transpose(xs, ld_features, xT, ld_rows, R, ld_features);
     }
 
     int64_t count(int64_t m0) const { return args.M - m0 < gram_block ? args.M - m0 : gram_block; }
@@ -213,7 +215,7 @@ struct Strip {
     }
 
     void outputs_as_rows(int64_t columns) {
-        transpose(outT, R, out, ld_outputs, padded<A>(columns), R);
+        transpose(outT, ld_rows, out, ld_outputs, padded<A>(columns), R);
     }
 
 private:

@@ -19,11 +19,11 @@ struct BackwardStrip : Strip<A> {
     using Base = Strip<A>;
     using Base::args, Base::points, Base::R, Base::rows, Base::first, Base::S, Base::K, Base::xs,
         Base::xT, Base::take, Base::count, Base::row, Base::ld_features, Base::ld_outputs,
-        Base::out, Base::outT, Base::rowwise;
+        Base::ld_rows, Base::ld_block, Base::out, Base::outT, Base::rowwise;
 
     const GramBackwardArgs &backward;
     A *slopes;         // [gram_block][R]
-    A *V, *V_rowwise;  // dL/dS over slope_factor [gram_block][R], [R][gram_block]
+    A *V, *V_rowwise;  // dL/dS over slope_factor [gram_block][R], [R][ld_block]
     A *g, *gT;         // dL/d(K w) [R][ld_outputs], [ld_outputs][R]
     A *dxT;            // [ld_features][R]
 
@@ -31,7 +31,7 @@ struct BackwardStrip : Strip<A> {
         : Base(p, scratch), backward(b) {
         slopes = take(scratch, R * gram_block);
         V = take(scratch, R * gram_block);
-        V_rowwise = take(scratch, R * gram_block);
+        V_rowwise = take(scratch, R * ld_block);
         g = take(scratch, R * ld_outputs);
         gT = take(scratch, R * ld_outputs);
         dxT = take(scratch, R * ld_features);
@@ -44,7 +44,7 @@ struct BackwardStrip : Strip<A> {
             for (int64_t o = 0; o < ld_outputs; ++o) to[o] = 0;
             if (r < rows) copy(row(backward.grad, args.O, r), to, args.O);
         }
-        transpose(g, ld_outputs, gT, R, R, ld_outputs);
+        transpose(g, ld_outputs, gT, ld_rows, R, ld_outputs);
     }
 
     // The same through a coupling or its inverse, whose s (and t) are in `out`.
@@ -71,7 +71,7 @@ struct BackwardStrip : Strip<A> {
                 Io::store(dt + e, inverse ? -dx : dy);
             });
         }
-        transpose(g, ld_outputs, gT, R, R, ld_outputs);
+        transpose(g, ld_outputs, gT, ld_rows, R, ld_outputs);
     }
 
     // V for the block from m0 on, also as rows, with K as rows. Returns sum V S.
@@ -88,11 +88,11 @@ struct BackwardStrip : Strip<A> {
         };
         if (args.op == GramOp::gram) {
             for (int64_t r = 0; r < R; ++r) {
-                A *to = V_rowwise + r * gram_block;
+                A *to = V_rowwise + r * ld_block;
                 for (int64_t i = 0; i < n_padded; ++i) to[i] = 0;
                 if (r < rows) copy(row(backward.grad, args.M, r) + m0, to, n);
             }
-            transpose(V_rowwise, gram_block, V, R, R, n_padded);
+            transpose(V_rowwise, ld_block, V, ld_rows, R, n_padded);
             for (int64_t m = 0; m < n; m += group) {
                 Register<A> some = {};
                 const int64_t end = (m + group < n ? m + group : n) * R;
@@ -113,9 +113,9 @@ struct BackwardStrip : Strip<A> {
                 }
                 VS += some;
             });
-            transpose(K, R, rowwise, gram_block, n_padded, R);
+            transpose(K, ld_rows, rowwise, ld_block, n_padded, R);
         }
-        transpose(V, R, V_rowwise, gram_block, n_padded, R);
+        transpose(V, ld_rows, V_rowwise, ld_block, n_padded, R);
         double total = 0;
         for (int i = 0; i < lanes<A>; ++i) total += double(VS[i]);
         return total;
@@ -126,7 +126,7 @@ struct BackwardStrip : Strip<A> {
         for (int64_t i = 0; i < count(m0); i += R)
             for_groups(args.O, [&](int64_t o, auto length) {
                 Sums<A, decltype(length)::value>::products(rows, g + o, 1, ld_outputs, rowwise + i,
-                                                           gram_block)
+                                                           ld_block)
                     .add_to(partial.dwT + o * ld + m0 + i, ld);
             });
     }
@@ -139,11 +139,11 @@ struct BackwardStrip : Strip<A> {
                 using Dz = Sums<A, decltype(length)::value>;
                 const int64_t at = d * ld + m0 + i;
                 const A *x = xs + d, *v = V_rowwise + i, *z = points.zT + at;
-                Dz::template differences<false>(rows, x, ld_features, v, gram_block, z, ld)
+                Dz::template differences<false>(rows, x, ld_features, v, ld_block, z, ld)
                     .add_to(partial.dzT + at, ld);
                 if (!args.per_feature) return;
                 const auto squares =
-                    Dz::template differences<true>(rows, x, ld_features, v, gram_block, z, ld);
+                    Dz::template differences<true>(rows, x, ld_features, v, ld_block, z, ld);
                 for (int j = 0; j < decltype(length)::value; ++j)
                     for (int lane = 0; lane < lanes<A>; ++lane)
                         partial.dlengthscale[d + j] +=
@@ -164,7 +164,7 @@ struct BackwardStrip : Strip<A> {
     }
 
     void write_rows() {
-        transpose(dxT, R, xs, ld_features, ld_features, R);
+        transpose(dxT, ld_rows, xs, ld_features, ld_features, R);
         for (int64_t r = 0; r < rows; ++r) {
             A *to = static_cast<A *>(backward.grad_x) + (first + r) * args.D;
             for (int64_t d = 0; d < args.D; ++d) to[d] = xs[r * ld_features + d] * points.pull[d];

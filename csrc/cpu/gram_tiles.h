@@ -21,6 +21,8 @@ template <class A>
 using Register = vec<A, lanes<A>>;
 template <class A>
 constexpr int64_t strip_rows = 2 * lanes<A>;
+template <int64_t n>
+using Constant = std::integral_constant<int64_t, n>;
 
 #if defined(__AVX512F__)
 constexpr int group = 8;  // points, outputs or features that share two loaded registers
@@ -161,16 +163,16 @@ __attribute__((always_inline)) inline void interleave(const vec<A, N> *from, vec
     }
 }
 
-// from [rows][ld_from] to [columns][ld_to], rows and columns multiples of the register's length.
-template <class A>
-void transpose(const A *from, int64_t ld_from, A *to, int64_t ld_to, int64_t rows,
-               int64_t columns) {
+// from [rows][ld_from] to [columns][ld_to], rows and columns multiples of the register's length. A
+// leading dimension is a number, or a type that converts to one that the compiler knows.
+template <class A, class From, class To>
+void transpose(const A *from, From ld_from, A *to, To ld_to, int64_t rows, int64_t columns) {
     constexpr int N = lanes<A>;
     for (int64_t r = 0; r < rows; r += N)
         for (int64_t c = 0; c < columns; c += N) {
             vec<A, N> a[N], b[N];
 #pragma GCC unroll 16
-            for (int i = 0; i < N; ++i) a[i] = load_raw<N>(from + (r + i) * ld_from + c);
+            for (int i = 0; i < N; ++i) a[i] = load_raw<N>(from + r * ld_from + c + i * ld_from);
             const auto lane = std::make_index_sequence<N>();
             if constexpr (N == 16) {
                 interleave<A, N>(a, b, lane);
@@ -190,7 +192,7 @@ void transpose(const A *from, int64_t ld_from, A *to, int64_t ld_to, int64_t row
                 for (int i = 0; i < N; ++i) a[i] = b[i];
             }
 #pragma GCC unroll 16
-            for (int i = 0; i < N; ++i) store_raw<N>(to + (c + i) * ld_to + r, a[i]);
+            for (int i = 0; i < N; ++i) store_raw<N>(to + c * ld_to + r + i * ld_to, a[i]);
         }
 }
 

@@ -95,7 +95,9 @@ struct GramBackwardArgs : GramArgs {
     double *dlengthscale_partials;  // gram_chunks * (D or 1)
 };
 
-constexpr int64_t gram_block = 256;      // points that a strip of rows meets at once
+constexpr int64_t gram_block = 256;  // points that a strip of rows meets at once
+constexpr int64_t gram_ld_block =
+    gram_block + 16;                     // apart from powers of two, which share cache sets
 constexpr int64_t gram_strip_rows = 32;  // at most; the widest registers hold 16 floats
 
 inline int64_t gram_padded(int64_t n) {
@@ -107,12 +109,12 @@ inline int64_t gram_points_elements(const GramArgs &a) {
 }
 
 inline int64_t gram_forward_elements(const GramArgs &a) {
-    return gram_strip_rows * (2 * gram_padded(a.D) + 2 * gram_padded(a.O) + 3 * gram_block);
+    return gram_strip_rows * (2 * gram_padded(a.D) + 2 * gram_padded(a.O) + 3 * gram_ld_block);
 }
 
 inline int64_t gram_backward_elements(const GramArgs &a) {
     return gram_forward_elements(a) +
-           gram_strip_rows * (3 * gram_block + 2 * gram_padded(a.O) + gram_padded(a.D));
+           gram_strip_rows * (3 * gram_ld_block + 2 * gram_padded(a.O) + gram_padded(a.D));
 }
 
 // Runs of rows whose sums are kept apart: enough for many threads, few enough to stay small.
