@@ -58,7 +58,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         epilog="docs/benchmarks.md explains the columns and the rules.",
     )
     parser.add_argument(
-        "ops", nargs="*", metavar="op", help=f"some of {', '.join(OPS)}; none for all; or overhead; or papers"
+        "ops",
+        nargs="*",
+        metavar="op",
+        help=f"some of {', '.join(OPS)}; none for all; or overhead, or papers alone",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument(
