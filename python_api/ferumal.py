@@ -27,6 +27,7 @@ from .mixing import (
     check_count,
     check_data,
     check_features,
+    check_points,
     check_rows,
     exchanging_order,
     placed,
@@ -138,13 +139,9 @@ class KernelCoupling(nn.Module):
         if self.all_points:
             self._resize(N)
             self.points.copy_(stay)
-        elif M <= N:
-            self.points.copy_(unrepeated_first(rows)[:M])
         else:
-            raise ValueError(
-                f"points: the layer has {M} points, the data only {N} rows; build it with "
-                f"points={N} at most, or points='all'"
-            )
+            check_points(M, N)
+            self.points.copy_(unrepeated_first(rows)[:M])
         sample, per_feature = rows[: self.LENGTHSCALE_ROWS].double(), self.log_lengthscale.ndim > 0
         typical = typical_distance(sample, per_feature=per_feature)
         self.log_lengthscale.copy_((self.LENGTHSCALE_FACTOR * typical).log())
@@ -332,9 +329,11 @@ class FerumalFlow(nn.Module):
         check_data("data", data, self.features, self.layers[0].bias.device)
         check_context(context, self.context, data)
         points = self.config["points"]
-        if points != "all" and len(data) > (most := max(points, self.INIT_ROWS)):
-            chosen = random_order(len(data), generator, data.device)[:most]
-            data, context = data[chosen], context if context is None else context[chosen]
+        if points != "all" and len(data) > 1:  # what a single row lacks, ActNorm says
+            check_points(points, len(data))
+            if len(data) > (most := max(points, self.INIT_ROWS)):
+                chosen = random_order(len(data), generator, data.device)[:most]
+                data, context = data[chosen], context if context is None else context[chosen]
         data = self._carried("data", data)
         for layer in self.layers:
             if isinstance(layer, KernelCoupling):

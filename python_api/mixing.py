@@ -197,6 +197,14 @@ def check_count(name: str, value: int, least: int, instead: str = "") -> None:
         raise ValueError(f"{name}: expected an integer of at least {least}{instead}, got {value!r}")
 
 
+def check_points(points: int, rows: int) -> None:
+    if points > rows:
+        raise ValueError(
+            f"points: the layer has {points} points, the data only {rows} rows; build it with "
+            f"points={rows} at most, or points='all'"
+        )
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -332,3 +332,12 @@ def test_data_are_checked():
 def test_the_number_of_samples_is_checked(n):
     with pytest.raises(ValueError, match="n: expected an integer of at least 1"):
         FerumalFlow(2, layers=1, points=2).sample(n)
+
+
+def test_a_refused_initialize_changes_nothing():
+    flow = FerumalFlow(3, layers=2, points=20)
+    before = {name: t.clone() for name, t in flow.state_dict().items()}
+    with pytest.raises(ValueError, match=r"20 points, the data only 10 rows"):
+        flow.initialize(torch.randn(10, 3))
+    for name, tensor in flow.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
