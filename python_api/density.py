@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import fit
@@ -192,9 +193,9 @@ class Density:
 
 
 def is_density(path: str | Path) -> bool:
-    """Whether this is a file that ``Density.save`` wrote."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return _FORMAT in read_tensors(path)[1]
+    """Whether this is a file that ``Density.save`` wrote; reads its header alone."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        return _FORMAT in (file.metadata() or {})
     return False
 
 
