@@ -20,7 +20,6 @@ from .gram import (
     cast_like,
     check_points,
     check_weights,
-    computing,
     differentiable,
     empty_like,
     matmul_flops,
@@ -37,7 +36,7 @@ def kernel_coupling_reference(
     x1: Tensor, x2: Tensor, z: Tensor, w: Tensor, lengthscale: Tensor, kernel: str = "se"
 ) -> tuple[Tensor, Tensor]:
     """``kernel_coupling`` in plain PyTorch."""
-    x1, x2, z, w, lengthscale, dtype = *computing(x1, x2, z, w, lengthscale), x2.dtype
+    x1, x2, z, w, lengthscale, dtype = *dispatch.computing(x1, x2, z, w, lengthscale), x2.dtype
     s, t = se_gram_matmul_reference(x1, z, w, lengthscale, kernel).chunk(2, dim=1)
     return (torch.exp(s) * x2 + t).to(dtype), s.sum(1)
 
@@ -46,7 +45,7 @@ def kernel_coupling_inverse_reference(
     x1: Tensor, y2: Tensor, z: Tensor, w: Tensor, lengthscale: Tensor, kernel: str = "se"
 ) -> Tensor:
     """``kernel_coupling_inverse`` in plain PyTorch."""
-    x1, y2, z, w, lengthscale, dtype = *computing(x1, y2, z, w, lengthscale), y2.dtype
+    x1, y2, z, w, lengthscale, dtype = *dispatch.computing(x1, y2, z, w, lengthscale), y2.dtype
     s, t = se_gram_matmul_reference(x1, z, w, lengthscale, kernel).chunk(2, dim=1)
     return ((y2 - t) * torch.exp(-s)).to(dtype)
 
@@ -56,7 +55,7 @@ def kernel_coupling_backward_reference(
 ):
     """Gradients of ``kernel_coupling`` to x1, x2, z, w and lengthscale."""
     inputs = (x1, x2, z, w, lengthscale)
-    grad_y2, grad_logdet, x1, x2, z, w, lengthscale = computing(
+    grad_y2, grad_logdet, x1, x2, z, w, lengthscale = dispatch.computing(
         grad_y2, grad_logdet, x1, x2, z, w, lengthscale
     )
     s = se_gram_matmul_reference(x1, z, w[:, : x2.shape[1]], lengthscale, kernel)
@@ -71,7 +70,7 @@ def kernel_coupling_backward_reference(
 def kernel_coupling_inverse_backward_reference(grad_x2, x1, y2, z, w, lengthscale, kernel="se"):
     """Gradients of ``kernel_coupling_inverse`` to x1, y2, z, w and lengthscale."""
     inputs = (x1, y2, z, w, lengthscale)
-    grad_x2, x1, y2, z, w, lengthscale = computing(grad_x2, x1, y2, z, w, lengthscale)
+    grad_x2, x1, y2, z, w, lengthscale = dispatch.computing(grad_x2, x1, y2, z, w, lengthscale)
     s, t = se_gram_matmul_reference(x1, z, w, lengthscale, kernel).chunk(2, dim=1)
     grad_y2 = grad_x2 * torch.exp(-s)
     grad_x1, *rest = se_gram_matmul_backward_reference(

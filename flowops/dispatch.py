@@ -181,6 +181,12 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float32
 
 
+def computing(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All in the dtype of the arithmetic."""
+    dtype = compute_dtype(*tensors)
+    return tuple(t.to(dtype) for t in tensors)
+
+
 def needs_grad(*tensors: torch.Tensor) -> bool:
     """Whether a backward pass may follow. Where it can't, the op is called without its autograd
     Function, which costs more than a small kernel does."""

@@ -32,7 +32,7 @@ _PRECISIONS = ("fp32", "tf32")
 
 def se_gram_reference(x: Tensor, z: Tensor, lengthscale: Tensor, kernel: str = "se") -> Tensor:
     """``se_gram`` in plain PyTorch."""
-    x, z, lengthscale, dtype = *computing(x, z, lengthscale), x.dtype
+    x, z, lengthscale, dtype = *dispatch.computing(x, z, lengthscale), x.dtype
     return _profile(_squared_distance(x, z, lengthscale), kernel).to(dtype)
 
 
@@ -40,14 +40,14 @@ def se_gram_matmul_reference(
     x: Tensor, z: Tensor, w: Tensor, lengthscale: Tensor, kernel: str = "se"
 ) -> Tensor:
     """``se_gram_matmul`` in plain PyTorch."""
-    x, z, w, lengthscale, dtype = *computing(x, z, w, lengthscale), x.dtype
+    x, z, w, lengthscale, dtype = *dispatch.computing(x, z, w, lengthscale), x.dtype
     return (_profile(_squared_distance(x, z, lengthscale), kernel) @ w).to(dtype)
 
 
 def se_gram_backward_reference(grad, x, z, lengthscale, kernel="se"):
     """Gradients of ``se_gram`` to x, z and lengthscale."""
     inputs = (x, z, lengthscale)
-    grad, x, z, lengthscale = computing(grad, x, z, lengthscale)
+    grad, x, z, lengthscale = dispatch.computing(grad, x, z, lengthscale)
     S = _squared_distance(x, z, lengthscale)
     return cast_like(_distance_backward(grad * _slope(S, kernel), S, x, z, lengthscale), inputs)
 
@@ -55,7 +55,7 @@ def se_gram_backward_reference(grad, x, z, lengthscale, kernel="se"):
 def se_gram_matmul_backward_reference(grad, x, z, w, lengthscale, kernel="se"):
     """Gradients of ``se_gram_matmul`` to x, z, w and lengthscale."""
     inputs = (x, z, w, lengthscale)
-    grad, x, z, w, lengthscale = computing(grad, x, z, w, lengthscale)
+    grad, x, z, w, lengthscale = dispatch.computing(grad, x, z, w, lengthscale)
     S = _squared_distance(x, z, lengthscale)
     grad_x, grad_z, grad_lengthscale = _distance_backward(
         (grad @ w.mT) * _slope(S, kernel), S, x, z, lengthscale
@@ -110,11 +110,6 @@ def _distance_backward(weight, S, x, z, lengthscale):
         squares = torch.einsum("nm,nmd->d", weight, difference.square())
         grad_lengthscale = -2 * squares * inverse_square / lengthscale
     return grad_x, grad_z, grad_lengthscale
-
-
-def computing(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = dispatch.compute_dtype(*tensors)
-    return tuple(t.to(dtype) for t in tensors)
 
 
 def cast_like(grads, inputs) -> tuple[Tensor, ...]:
@@ -251,7 +246,7 @@ def on_cpu(op: str, code: int) -> None:
     def unpacked(tensors):
         """x, half, z, w, lengthscale in the dtype of the arithmetic, with strides that the kernels
         take."""
-        tensors = list(computing(*tensors))
+        tensors = list(dispatch.computing(*tensors))
         strided = 2 if has_half else 1
         for i, t in enumerate(tensors):
             if not (t.is_contiguous() or (i < strided and t.stride(-1) == 1)):

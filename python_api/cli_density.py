@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -94,6 +93,7 @@ def _report(console, args, spec, result, scores, offset: float) -> None:
 
     from .checkpoint import write_whole
     from .fit import mean_and_error
+    from .records import finite
 
     names = ("train", "valid", "test")
     printed = Printed(title="log-likelihood a row, nats, with its standard error")
@@ -121,16 +121,7 @@ def _report(console, args, spec, result, scores, offset: float) -> None:
         "best_step": result.best_step,
         "records": records,
     }
-    write_whole(args.out / "report.json", json.dumps(_finite(about), indent=1).encode())
-
-
-def _finite(value):
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    write_whole(args.out / "report.json", json.dumps(finite(about), indent=1).encode())
 
 
 def score(argv: list[str]) -> None:

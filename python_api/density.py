@@ -30,6 +30,7 @@ Model = Literal[
     "padded-nsf",
 ]
 MODELS = get_args(Model)
+_POINTS = 150  # of the tables of arXiv 2307.14839
 _FORMAT = "flowops_density"
 
 
@@ -87,7 +88,7 @@ class FlowSpec:
         return FerumalFlow(
             width,
             layers=self.layers,
-            points=150 if self.points is None else self.points,
+            points=_POINTS if self.points is None else self.points,
             mixing="lu" if name == "ferumal-glow" else "permutation",
             seed=seed,
         )
@@ -118,7 +119,7 @@ class Density:
         Raises:
             ValueError: more points than rows; as ``FlowSpec.build``.
         """
-        most = spec.points or 150
+        most = _POINTS if spec.points is None else spec.points
         if "ferumal" in spec.model and most > len(train):
             if spec.points is not None:
                 raise ValueError(

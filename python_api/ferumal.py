@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowops import kernel_coupling, kernel_coupling_inverse, noise_normal, se_gram_matmul
-from flowops.dispatch import check_backend
+from flowops.dispatch import check_backend, computing
 from flowops.gram import KERNELS
 from flowops.noise import Rng
 
@@ -34,7 +34,6 @@ from .mixing import (
     random_order,
     typical_distance,
     unrepeated_first,
-    widened,
 )
 
 
@@ -200,16 +199,16 @@ class KernelCoupling(nn.Module):
             raise RuntimeError(
                 "points: with points='all' there are none before initialize() or load_state_dict()"
             )
-        (log_lengthscale,) = widened(self.log_lengthscale)
+        (log_lengthscale,) = computing(self.log_lengthscale)
         weight = self.weight
         if self.log_output_scale is not None:
-            weight, log_output_scale = widened(weight, self.log_output_scale)
+            weight, log_output_scale = computing(weight, self.log_output_scale)
             weight = weight * log_output_scale.exp()
         return self.points, weight, log_lengthscale.exp()
 
     def _log_scale_and_shift(self, stay: Tensor) -> tuple[Tensor, Tensor]:
         points, weight, lengthscale = self._machine()
-        stay, _ = widened(stay, weight)  # the product has the dtype of what K reads
+        stay, _ = computing(stay, weight)  # the product has the dtype of what K reads
         s, t = se_gram_matmul(stay, points, weight, lengthscale, **self._how).chunk(2, dim=1)
         if self.scale_clamp is not None:
             s = self.scale_clamp * torch.tanh(s / self.scale_clamp)
@@ -395,4 +394,4 @@ class FerumalFlow(nn.Module):
     def _carried(self, name: str, x: Tensor) -> Tensor:
         bias = self.layers[0].bias
         check_rows(name, x, self.features, bias.device)
-        return widened(x, bias)[0]
+        return computing(x, bias)[0]

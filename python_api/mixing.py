@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowops.dispatch import check_floating, compute_dtype
+from flowops.dispatch import check_floating, compute_dtype, computing
 
 
 class ActNorm(nn.Module):
@@ -67,12 +67,12 @@ class ActNorm(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_rows("x", x, len(self.bias), self.bias.device)
-        wide, bias, log_scale = widened(x, self.bias, self.log_scale)
+        wide, bias, log_scale = computing(x, self.bias, self.log_scale)
         return ((wide + bias) * log_scale.exp()).to(x.dtype), log_scale.sum().expand(len(x))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_rows("y", y, len(self.bias), self.bias.device)
-        wide, bias, log_scale = widened(y, self.bias, self.log_scale)
+        wide, bias, log_scale = computing(y, self.bias, self.log_scale)
         return (wide * (-log_scale).exp() - bias).to(y.dtype), -log_scale.sum().expand(len(y))
 
 
@@ -144,7 +144,7 @@ class LULinear(nn.Module):
 
     def _factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """L and U in the dtype of arithmetic with ``like``."""
-        _, lu, sign = widened(like, self.lu, self.sign)
+        _, lu, sign = computing(like, self.lu, self.sign)
         upper = lu.triu(1) + (sign * lu.diagonal().exp()).diag()
         return lu.tril(-1) + torch.eye(len(lu), dtype=lu.dtype, device=lu.device), upper
 
@@ -175,12 +175,6 @@ def placed(tensor: Tensor) -> Tensor:
     floating, in its default dtype."""
     dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
     return tensor.to(device=torch.get_default_device(), dtype=dtype)
-
-
-def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in the dtype of the arithmetic: fp32, fp64 if any is."""
-    dtype = compute_dtype(*tensors)
-    return tuple(t.to(dtype) for t in tensors)
 
 
 def uncast(x: Tensor) -> contextlib.AbstractContextManager:

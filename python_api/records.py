@@ -49,7 +49,7 @@ class MetricsLog:
             self._board.close()
 
     def write(self, record: dict[str, float]) -> None:
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(finite(record)) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in record.items():
@@ -61,9 +61,13 @@ def _bits(loss: float) -> float:
     return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2) + math.log2(128)
 
 
-def _finite(record: dict) -> dict:
-    """JSON has no NaN."""
-    return {k: v if math.isfinite(v) else str(v) for k, v in record.items()}
+def finite(value):
+    """``value`` for JSON, which has no NaN and no infinity: text in their place."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_records(log: Path, step: int) -> None:
