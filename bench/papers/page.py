@@ -88,6 +88,10 @@ def _head(found: dict[str, dict]) -> str:
         lines += ["", f"Not finished, sets are missing: {', '.join(unfinished)}."]
     if absent:
         lines += ["", f"Not run: {', '.join(absent)}."]
+    # Results that did not come out of one run say so themselves.
+    for name, result in found.items():
+        if "note" in result:
+            lines += ["", f"Note on {name}: {result['note']}"]
     return "\n".join(lines)
 
 
