@@ -6,6 +6,8 @@ from ._version import __version__
 from .affine import affine_inverse, affine_update
 from .attention import causal_attention
 from .coupling import kernel_coupling, kernel_coupling_inverse
+from .decode import Decoded, decode_block
+from .decode_weights import BlockWeights, LayerWeights, pack_block
 from .gram import se_gram, se_gram_matmul
 from .noise import make_rng, noise_normal, noise_uniform, noise_words
 from .padding import pad_noise
@@ -22,17 +24,22 @@ SAC_SAVE_OPS = frozenset(
 
 __all__ = [
     "SAC_SAVE_OPS",
+    "BlockWeights",
+    "Decoded",
+    "LayerWeights",
     "__version__",
     "affine_inverse",
     "affine_update",
     "causal_attention",
     "causal_patch_attention",
+    "decode_block",
     "kernel_coupling",
     "kernel_coupling_inverse",
     "make_rng",
     "noise_normal",
     "noise_uniform",
     "noise_words",
+    "pack_block",
     "pad_noise",
     "se_gram",
     "se_gram_matmul",

@@ -7,7 +7,9 @@ from .ferumal import FerumalFlow, KernelCoupling
 from .fit import FitConfig, fit_flow
 from .mixing import ActNorm, LULinear, Permutation
 from .padded import PaddedFlow, PadNoise
-from .tarflow import TarFlow, TarFlowBlock, gaussian_noise, patchify, uniform_dequantize, unpatchify
+from .patches import patchify, unpatchify
+from .sampling import SamplingInterrupted, SamplingReport
+from .tarflow import TarFlow, TarFlowBlock, gaussian_noise, uniform_dequantize
 
 __all__ = [
     "ActNorm",
@@ -20,6 +22,8 @@ __all__ = [
     "PadNoise",
     "PaddedFlow",
     "Permutation",
+    "SamplingInterrupted",
+    "SamplingReport",
     "TarFlow",
     "TarFlowBlock",
     "fit_flow",

@@ -1,15 +1,21 @@
-"""The exact inverse of an autoregressive block, token by token over a preallocated KV cache.
+"""The inverse of an autoregressive block: guidance, the choice of solver, and a block's weights in
+the layout of the kernels, kept from call to call.
 
 Source: Zhai et al. (arXiv 2412.06329).
 """
 
+import os
+import weakref
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from .transformer import AttentionBlock
+from flowops import BlockWeights, LayerWeights, decode_block, pack_block
+from flowops.decode import check_solver
+
+from .transformer import class_embedding, positions
 
 
 @dataclass(frozen=True)
@@ -35,128 +41,140 @@ class Guidance:
     def active(self) -> bool:
         return self.weight > 0 and bool(self.what)
 
-    def at(self, i: int, T: int) -> float:
-        """The weight for the parameters that token i gives."""
-        return self.weight * (i + 1) / (T - 1) if self.annealed else self.weight
+    def by_token(self, like: Tensor) -> Tensor:
+        """``[T, 2]``, the weights for log-scales and shifts by token, for ``like [B, T, C]``."""
+        T = like.shape[1]
+        steps = torch.arange(1, T + 1, device=like.device, dtype=like.dtype) / max(T - 1, 1)
+        weight = steps * self.weight if self.annealed else torch.full_like(steps, self.weight)
+        return torch.stack([weight * (letter in self.what) for letter in "ab"], dim=1)
 
 
-class _Layer:
-    """Weights of one Transformer layer in the decoding dtype, and its KV cache.
+@dataclass(frozen=True)
+class Solver:
+    """``method``, ``tol`` and ``window`` of ``flowops.decode_block``."""
 
-    ``R`` counts the rows of the batch, conditional ones first. Keys are cached transposed,
-    ``[R H, D, T]``, values ``[R H, T, D]``: both products of a step are plain batched products. The
-    scale of the scores is folded into the weights of q.
-    """
+    method: str = "exact"
+    tol: float = 1e-3
+    window: int | None = None
 
-    def __init__(
-        self,
-        layer: AttentionBlock,
-        rows: int,
-        tokens: int,
-        dtype: torch.dtype,
-        wide: torch.dtype,
-    ):
-        attention, mlp = layer.attention, layer.mlp
-        self.norms = [
-            (n.normalized_shape, n.weight.to(wide), n.bias.to(wide), n.eps)
-            for n in (attention.norm, mlp.norm)
-        ]
-        W, D = attention.proj.weight.shape[0], attention.head_dim
-        scale = torch.ones_like(attention.qkv.bias)
-        scale[:W] = D**-0.5
-        self.qkv = (
-            (attention.qkv.weight * scale.unsqueeze(1)).to(dtype),
-            (attention.qkv.bias * scale).to(dtype),
-        )
-        self.proj, self.up, self.down = (
-            (linear.weight.to(dtype), linear.bias.to(dtype))
-            for linear in (attention.proj, mlp.main[0], mlp.main[2])
-        )
-        self.dtype, self.wide = dtype, wide
-        self.pairs, self.head_dim = rows * W // D, D
-        self.keys = self.proj[0].new_empty(self.pairs, D, tokens)
-        self.values = self.proj[0].new_empty(self.pairs, tokens, D)
-
-    def step(self, h: Tensor, i: int, conditional: int, temperature: float) -> Tensor:
-        """Token i for all rows, ``h [R, W]`` wide -> ``[R, W]``."""
-        R, W = h.shape
-        q, k, v = F.linear(self._norm(h, 0), *self.qkv).split(W, dim=1)
-        if temperature != 1:
-            q[conditional:] /= temperature
-        self.keys[:, :, i] = k.reshape(self.pairs, self.head_dim)
-        self.values[:, i] = v.reshape(self.pairs, self.head_dim)
-        scores = torch.bmm(q.reshape(self.pairs, 1, self.head_dim), self.keys[:, :, : i + 1])
-        weights = scores.to(self.wide).softmax(2).to(self.dtype)
-        o = torch.bmm(weights, self.values[:, : i + 1]).view(R, W)
-        h = h + F.linear(o, *self.proj)
-        return h + F.linear(F.gelu(F.linear(self._norm(h, 1), *self.up)), *self.down)
-
-    def _norm(self, h: Tensor, which: int) -> Tensor:
-        return F.layer_norm(h, *self.norms[which]).to(self.dtype)
+    def __post_init__(self):
+        check_solver(self.method, self.tol, self.window)
 
 
-def invert_block(block, z: Tensor, y: Tensor | None, guidance: Guidance) -> Tensor:
-    """``x`` with ``block(x, y)[0] == z``, to rounding.
+class BlockReport(NamedTuple):
+    """``residual [B]``, what one more sweep would change in an image, in units of the block's
+    output; ``counts [2]``: sweeps over windows, steps of single tokens."""
+
+    residual: Tensor
+    counts: Tensor
+
+
+def invert_block(
+    block: nn.Module,
+    z: Tensor,
+    y: Tensor | None,
+    guidance: Guidance,
+    solver: Solver = Solver(),
+    *,
+    reverse: bool,
+    heads: int,
+) -> tuple[Tensor, BlockReport]:
+    """``x`` with ``block(x, y)[0] == z``.
 
     Args:
-        block: a ``TarFlowBlock``.
+        block: a ``TarFlowBlock`` or any module with its attribute names.
         z: ``[B, T, C]`` in raster order; not changed.
         y: ``[B]`` labels, -1 for none, or None.
         guidance: whose second pass runs in one batch with the first.
+        solver: how.
+        reverse: the block reads the tokens from the last to the first.
+        heads: of its attention.
 
     Returns:
-        ``x [B, T, C]`` fp32 (fp64 for an fp64 block). Parameters, exp and update are computed in
-        that dtype; the layers run in autocast's dtype where autocast is on.
+        ``x [B, T, C]`` fp32 (fp64 for an fp64 block) and the report. Parameters, exp and update
+        are computed in that dtype. The layers' weights are read in bf16 under bf16 autocast.
     """
-    B, T, C = z.shape
-    wide = torch.float64 if block.pos_embed.dtype == torch.float64 else torch.float32
-    narrow = block.pos_embed.dtype
-    device_type = z.device.type
-    if torch.is_autocast_enabled(device_type) and narrow == torch.float32:
-        narrow = torch.get_autocast_dtype(device_type)
+    weights = _packed(block, z.device, reverse, heads)
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        z = z.to(weights.tensors[0].dtype)
+        embed = class_embedding(block, y, len(z)).to(z.dtype).expand(len(z), -1)
+        if guidance.active:
+            free = class_embedding(block, None, len(z)).to(z.dtype).expand(len(z), -1)
+            embed = torch.cat([embed, free])
+        decoded = decode_block(
+            z,
+            weights,
+            embed,
+            guide=guidance.by_token(z) if guidance.active else None,
+            temperature=guidance.attn_temp if guidance.active else 1.0,
+            reverse=reverse,
+            method=solver.method,
+            tol=solver.tol,
+            window=solver.window,
+        )
+    return decoded.x, BlockReport(decoded.residual, decoded.counts)
 
-    x = z.to(wide, copy=True)
-    sequence = x.flip(1) if block.reverse else x
-    rows = 2 * B if guidance.active else B
-    embed = block.class_embedding(y, B)
-    if guidance.active:
-        embed = torch.cat([embed.expand(B, -1), block.class_embedding(None, B).expand(B, -1)])
-    position = block.positions().to(wide) + block.proj_in.bias.to(wide)
-    w_in, (w_out, b_out) = (
-        block.proj_in.weight.to(wide),
-        (
-            block.proj_out.weight.to(narrow),
-            block.proj_out.bias.to(narrow),
-        ),
+
+# --- a block's weights in the layout of the kernels ----------------------------------------------
+
+_PACKED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, BlockWeights]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def forget_weights(module: nn.Module) -> None:
+    """Drops the prepared weights of all blocks in ``module``. Needed after writing through
+    ``parameter.data`` alone, which PyTorch does not count as a change."""
+    for block in module.modules():
+        _PACKED.pop(block, None)
+
+
+def _packed(block: nn.Module, device: torch.device, reverse: bool, heads: int) -> BlockWeights:
+    narrow = block.proj_in.weight.dtype
+    if narrow == torch.float32 and torch.is_autocast_enabled(device.type):
+        narrow = torch.get_autocast_dtype(device.type)
+    if narrow == torch.float16:
+        narrow = torch.float32  # no kernel stores it, and fp32 holds it
+    layers = [_layer(layer) for layer in block.attn_blocks]
+    rest = (*_linear(block.proj_in), block.pos_embed, *_linear(block.proj_out))
+    key = _key([*rest, *(t for layer in layers for t in layer)])
+    key = key and (*key, narrow, reverse, heads, os.environ.get("FLOWOPS_BACKEND"))
+    found = _PACKED.get(block)
+    if key is not None and found is not None and found[0] == key:
+        return found[1]
+    w_in, b_in, _, w_out, b_out = rest
+    eps = block.attn_blocks[0].attention.norm.eps
+    weights = pack_block(
+        *(w_in, b_in, positions(block, reverse), layers, w_out, b_out),
+        heads=heads,
+        eps=eps,
+        dtype=narrow,
     )
-    temperature = guidance.attn_temp if guidance.active else 1.0
-
-    # Results go into tensors made outside, so that they can still take part in a graph.
-    with torch.inference_mode(), torch.autocast(device_type, enabled=False):
-        layers = [_Layer(layer, rows, T - 1, narrow, wide) for layer in block.attn_blocks]
-        for i in range(T - 1):
-            token = F.linear(sequence[:, i], w_in, position[i])
-            if guidance.active:
-                token = token.repeat(2, 1)
-            h = token + embed
-            for layer in layers:
-                h = layer.step(h, i, B, temperature)
-            params = F.linear(h.to(narrow), w_out, b_out).to(wide)
-            if guidance.active:
-                params = _guide(params, guidance, guidance.at(i, T), C)
-            following = sequence[:, i + 1]
-            if params.shape[1] == 2 * C:
-                following.mul_(torch.exp(params[:, :C]))
-            following.add_(params[:, -C:])
-    return sequence.flip(1) if block.reverse else sequence
+    if key is not None:
+        _PACKED[block] = key, weights
+    return weights
 
 
-def _guide(params: Tensor, guidance: Guidance, weight: float, C: int) -> Tensor:
-    params, free = params.chunk(2)
-    guided = params + weight * (params - free)
-    if set(guidance.what) >= {"a", "b"}:
-        return guided
-    shift_only = params.shape[1] == C
-    if guidance.what[0] == "b":
-        return guided if shift_only else torch.cat([params[:, :C], guided[:, C:]], dim=1)
-    return params if shift_only else torch.cat([guided[:, :C], params[:, C:]], dim=1)
+def _layer(layer: nn.Module) -> LayerWeights:
+    attention, mlp = layer.attention, layer.mlp
+    return LayerWeights(
+        *(*_linear(attention.norm), *_linear(attention.qkv), *_linear(attention.proj)),
+        *(*_linear(mlp.norm), *_linear(mlp.main[0]), *_linear(mlp.main[2])),
+    )
+
+
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias
+
+
+def _key(tensors: list[Tensor]) -> tuple | None:
+    """What changes when the tensors do; None where that can't be told."""
+    for t in tensors:
+        if hasattr(t, "full_tensor"):
+            raise ValueError(
+                "model: expected weights in one place, got sharded ones (DTensor); gather them "
+                "before sampling"
+            )
+        if t.is_inference():
+            return None
+    return tuple((t.data_ptr(), t._version) for t in tensors)

@@ -9,24 +9,17 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flowops import noise_normal, noise_uniform
-from flowops.noise import Rng, make_rng
+from flowops.noise import Rng
 
-from .decode import Guidance, invert_block
+from .decode import forget_weights
+from .patches import patchify
+from .sampling import Sampling
 from .transformer import TarFlowBlock
-
-
-def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """Image ``[B, c, H, W]`` to tokens ``[B, T, C]``: raster order, (c, dy, dx) inside a patch."""
-    return F.unfold(x, patch_size, stride=patch_size).transpose(1, 2)
-
-
-def unpatchify(tokens: Tensor, patch_size: int, img_size: int) -> Tensor:
-    """The inverse of ``patchify``."""
-    return F.fold(tokens.transpose(1, 2), img_size, patch_size, stride=patch_size)
 
 
 def gaussian_noise(x: Tensor, std: float, rng: Rng = None) -> Tensor:
@@ -52,7 +45,7 @@ def _try_compiler(device: torch.device, options: dict) -> None:
         raise RuntimeError(f"torch.compile does not work here for {device}: {reason}") from error
 
 
-class TarFlow(nn.Module):
+class TarFlow(Sampling, nn.Module):
     """A TarFlow on square images.
 
     Args:
@@ -200,6 +193,9 @@ class TarFlow(nn.Module):
         """``log p(x | y)`` in nats per image, ``[B]``, of x as given in [-1, 1]. Arguments and
         errors as ``forward``."""
         z, _, logdets = self(x, y)
+        return self._log_prob(z, logdets)
+
+    def _log_prob(self, z: Tensor, logdets: Tensor) -> Tensor:
         z = z.to(self.var.dtype)
         energy = (z.square() / self.var + self.var.log() + math.log(2 * math.pi)).sum((1, 2))
         return logdets * z[0].numel() - 0.5 * energy
@@ -222,119 +218,36 @@ class TarFlow(nn.Module):
             noise_std: of the noise the model was trained with, in units of x.
 
         Returns:
-            ``[B, c, H, W]``, not clamped. Only input gradients are computed.
+            ``[B, c, H, W]``, not clamped. Only gradients of the input are computed, none of the
+            weights, and what passes between the blocks is all that is kept for them.
 
         Source: arXiv 2412.06329 (denoising after sampling).
         """
         if not 0 <= noise_std < float("inf"):
             raise ValueError(f"noise_std: expected a finite number, at least 0, got {noise_std!r}")
+        self._check_images(x)
+        self._check_labels(y, x.shape[0])
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            (score,) = torch.autograd.grad(self.log_prob(x, y).sum(), x)
+            z, logdets = patchify(x, self.patch_size).contiguous(), 0
+            for block in self.blocks:
+                frozen = {name: p.detach() for name, p in block.named_parameters()}
+                z, logdet = checkpoint(
+                    functional_call,
+                    *(block, frozen, (z, y)),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                logdets = logdets + logdet
+            logdets = logdets / (self.num_patches * self.patch_channels)
+            (score,) = torch.autograd.grad(self._log_prob(z, logdets).sum(), x)
         return (x + noise_std**2 * score).detach()
 
-    # --- sampling --------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def reverse(
-        self,
-        noise: Tensor,
-        y: Tensor | None = None,
-        guidance: float = 0.0,
-        guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        return_sequence: bool = False,
-    ) -> Tensor | list[Tensor]:
-        """Noise to images, exactly: the inverse of ``forward``.
-
-        Args:
-            noise: ``[B, T, C]``, of unit variance (the prior's is applied here); not changed.
-            y: ``[B]`` labels, -1 for none; None for none at all.
-            guidance: weight g of ``p += g (p - p_u)`` on the affine parameters, 0 for none.
-            guide_what: which of log-scales ``"a"`` and shifts ``"b"``.
-            attn_temp: the unguided pass divides its attention scores by it.
-            annealed_guidance: g grows linearly along the tokens.
-            return_sequence: also the images before and between the blocks.
-
-        Returns:
-            ``[B, c, H, W]``, or the list of such from noise to image.
-
-        Raises:
-            TypeError, ValueError: naming the argument that is off.
-
-        Source: arXiv 2412.06329 (inverse and guidance).
-        """
-        plan = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
-        self._check_noise(noise)
-        self._check_labels(y, noise.shape[0])
-        if plan.active and not self.num_classes and attn_temp == 1:
-            raise ValueError(
-                "guidance: the model has no classes; without them guidance needs attn_temp other "
-                "than 1"
-            )
-        images = [unpatchify(noise, self.patch_size, self.img_size)] if return_sequence else None
-        x = noise * self.var.sqrt()
-        for block in reversed(self.blocks):
-            x = invert_block(block, x, y, plan)
-            if return_sequence:
-                images.append(unpatchify(x, self.patch_size, self.img_size))
-        return images if return_sequence else unpatchify(x, self.patch_size, self.img_size)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        y: int | Tensor | None = None,
-        *,
-        guidance: float = 0.0,
-        guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        denoise_std: float = 0.0,
-        rng: Rng = None,
-        batch_size: int = 256,
-    ) -> Tensor:
-        """Draws n images ``[n, c, H, W]``.
-
-        Args:
-            n: how many.
-            y: one label for all, ``[n]`` labels, or None.
-            guidance, guide_what, attn_temp, annealed_guidance: as in ``reverse``.
-            denoise_std: if positive, ``denoise`` the images with it.
-            rng: as in ``flowops.make_rng``. The noise of image i depends on rng and i alone; n and
-                batch_size change the image by rounding only.
-            batch_size: images at a time.
-
-        Raises:
-            TypeError, ValueError: naming the argument that is off.
-        """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n: expected a positive number of images, got {n!r}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive number, got {batch_size!r}")
-        device = self.var.device
-        if isinstance(y, int):
-            y = torch.full((n,), y, device=device)
-        self._check_labels(y, n)
-        state = make_rng(rng, device)
-        noise = noise_normal((n, self.num_patches * self.patch_channels), rng=state)
-        noise = noise.view(n, self.num_patches, self.patch_channels).to(self.var.dtype)
-        images = []
-        for i in range(0, n, batch_size):
-            labels = None if y is None else y[i : i + batch_size]
-            batch = self.reverse(
-                noise[i : i + batch_size],
-                labels,
-                guidance,
-                guide_what,
-                attn_temp,
-                annealed_guidance,
-            )
-            if denoise_std > 0:
-                batch = self.denoise(batch, labels, denoise_std)
-            images.append(batch)
-        return torch.cat(images)
+    def train(self, mode: bool = True) -> "TarFlow":
+        """As ``nn.Module.train``; also drops what was prepared for sampling, which writes through
+        ``parameter.data`` alone would leave as it was."""
+        forget_weights(self)
+        return super().train(mode)
 
     # --- checks ----------------------------------------------------------------------------------
 
@@ -349,20 +262,6 @@ class TarFlow(nn.Module):
             )
         if x.device != self.var.device:
             raise ValueError(f"x: expected a tensor on {self.var.device}, got one on {x.device}")
-
-    def _check_noise(self, noise: Tensor) -> None:
-        if not isinstance(noise, Tensor) or not noise.is_floating_point():
-            got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
-            raise TypeError(f"noise: expected a floating tensor, got {got}")
-        expected = [self.num_patches, self.patch_channels]
-        if noise.ndim != 3 or list(noise.shape[1:]) != expected or noise.shape[0] == 0:
-            raise ValueError(
-                f"noise: expected [B >= 1, {expected[0]}, {expected[1]}], got {list(noise.shape)}"
-            )
-        if noise.device != self.var.device:
-            raise ValueError(
-                f"noise: expected a tensor on {self.var.device}, got one on {noise.device}"
-            )
 
     def _check_labels(self, y: Tensor | None, batch: int) -> None:
         if y is None:

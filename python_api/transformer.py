@@ -1,5 +1,5 @@
 """The autoregressive block of a TarFlow and the causal Transformer inside it. Attribute names are
-those of the published TarFlow checkpoints.
+those of the published TarFlow checkpoints; the functions take any modules that have them.
 
 Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 2412.06329), section
 2.2.
@@ -12,16 +12,72 @@ from torch.nn import functional as F
 from flowops import affine_update, causal_attention
 
 
+def layer_norm(norm: nn.LayerNorm, h: Tensor) -> Tensor:
+    """``norm`` computed in fp32 (fp64 for fp64) whatever the storage of its input."""
+    if h.dtype in (torch.float32, torch.float64) and norm.weight.dtype == h.dtype:
+        return F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.layer_norm(h.float(), norm.normalized_shape, weight, bias, norm.eps).to(h.dtype)
+
+
+def self_attention(module: nn.Module, h: Tensor, head_dim: int) -> Tensor:
+    """Causal attention ``[B, T, W] -> [B, T, W]`` through ``module.qkv`` (rows of Q, K, V) and
+    ``module.proj``; h is normed already."""
+    B, T, _ = h.shape
+    q, k, v = module.qkv(h).view(B, T, 3, -1, head_dim).unbind(2)  # read in place: no copy
+    return module.proj(causal_attention(q, k, v).flatten(2))
+
+
+def transformer_layer(layer: nn.Module, h: Tensor, head_dim: int) -> Tensor:
+    """One layer ``[B, T, W] -> [B, T, W]``: ``h + Attn(LN(h))``, then ``h + MLP(LN(h))``."""
+    attention, mlp = layer.attention, layer.mlp
+    h = h + self_attention(attention, layer_norm(attention.norm, h), head_dim)
+    return h + mlp.main(layer_norm(mlp.norm, h))
+
+
+def positions(block: nn.Module, reverse: bool) -> Tensor:
+    """``[T, W]`` in the block's token order."""
+    return block.pos_embed.flip(0) if reverse else block.pos_embed
+
+
+def class_embedding(block: nn.Module, y: Tensor | None, batch: int) -> Tensor:
+    """``[B, W]``, or ``[1, W]`` where it is the same for all; the table's mean stands for no label
+    (None or -1)."""
+    if block.class_embed is None:
+        return block.pos_embed.new_zeros(1, block.pos_embed.shape[1])
+    table = block.class_embed[:, 0]
+    mean = table.mean(0, keepdim=True)
+    if y is None:
+        return mean
+    return torch.where((y < 0).unsqueeze(1), mean, table[y.clamp(min=0)])
+
+
+def block_params(
+    block: nn.Module, x: Tensor, y: Tensor | None, *, reverse: bool, head_dim: int
+) -> Tensor:
+    """What the affine step reads, ``[B, T, 2C]`` or ``[B, T, C]`` in the block's token order.
+
+    Args:
+        block: a ``TarFlowBlock`` or any module with its attribute names. Layers of other classes
+            are computed from their weights: their own forward and its hooks don't run.
+        x: ``[B, T, C]`` in raster order.
+        y: ``[B]`` labels, -1 for none, or None.
+        reverse: the block reads the tokens from the last to the first.
+        head_dim: width of an attention head.
+    """
+    h = block.proj_in(x.flip(1) if reverse else x)
+    h = h + (positions(block, reverse) + class_embedding(block, y, len(x)).unsqueeze(1))
+    for layer in block.attn_blocks:
+        own = isinstance(layer, AttentionBlock)
+        h = layer(h) if own else transformer_layer(layer, h, head_dim)
+    return block.proj_out(h)
+
+
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` computed in fp32 (fp64 for fp64) whatever the storage of its input."""
 
     def forward(self, h: Tensor) -> Tensor:
-        if h.dtype in (torch.float32, torch.float64) and self.weight.dtype == h.dtype:
-            return super().forward(h)
-        normed = F.layer_norm(
-            h.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
-        return normed.to(h.dtype)
+        return layer_norm(self, h)
 
 
 class Attention(nn.Module):
@@ -35,10 +91,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
 
     def forward(self, h: Tensor) -> Tensor:
-        B, T, W = h.shape
-        qkv = self.qkv(self.norm(h)).view(B, T, 3, W // self.head_dim, self.head_dim)
-        q, k, v = qkv.unbind(2)  # read in place: no copy
-        return self.proj(causal_attention(q, k, v).flatten(2))
+        return self_attention(self, self.norm(h), self.head_dim)
 
 
 class MLP(nn.Module):
@@ -88,7 +141,7 @@ class TarFlowBlock(nn.Module):
         num_classes: int,
     ):
         super().__init__()
-        self.reverse = reverse
+        self.reverse, self.head_dim, self.num_heads = reverse, head_dim, width // head_dim
         self.proj_in = nn.Linear(patch_channels, width)
         self.pos_embed = nn.Parameter(torch.randn(num_patches, width) * 1e-2)
         self.class_embed = (
@@ -105,26 +158,7 @@ class TarFlowBlock(nn.Module):
 
     def params(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the affine step reads, ``[B, T, 2C]`` or ``[B, T, C]``, in the block's order."""
-        h = self.proj_in(x.flip(1) if self.reverse else x)
-        h = h + (self.positions() + self.class_embedding(y, len(x)).unsqueeze(1))
-        for layer in self.attn_blocks:
-            h = layer(h)
-        return self.proj_out(h)
-
-    def positions(self) -> Tensor:
-        """``[T, W]`` in the block's token order."""
-        return self.pos_embed.flip(0) if self.reverse else self.pos_embed
-
-    def class_embedding(self, y: Tensor | None, batch: int) -> Tensor:
-        """``[B, W]``, or ``[1, W]`` where it is the same for all; the table's mean stands for no
-        label (None or -1)."""
-        if self.class_embed is None:
-            return self.pos_embed.new_zeros(1, self.pos_embed.shape[1])
-        table = self.class_embed[:, 0]
-        mean = table.mean(0, keepdim=True)
-        if y is None:
-            return mean
-        return torch.where((y < 0).unsqueeze(1), mean, table[y.clamp(min=0)])
+        return block_params(self, x, y, reverse=self.reverse, head_dim=self.head_dim)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(prefix + "attn_mask", None)  # the reference program stores its mask

@@ -221,6 +221,33 @@ void gram_backward(int dtype, int op, int profile, int64_t N, int64_t M, int64_t
     active.gram_backward(args);
 }
 
+// `weights` are the addresses of the packed weights in the order of flowops/decode.py.
+void decode(int dtype, int64_t B, int64_t T, int64_t C, int64_t W, int64_t L, int64_t heads,
+            int64_t E, int64_t P, int64_t window, bool guided, bool reverse, double eps,
+            double scale, double temperature, double tol, double break_even, int threads, Address z,
+            Address embed, Address guide, const std::vector<Address> &weights, Address x,
+            Address residual, Address counts) {
+    DecodeArgs a{};
+    a.dtype = DType(dtype);
+    a.B = B, a.T = T, a.C = C, a.W = W, a.L = L, a.heads = heads, a.E = E, a.P = P;
+    a.window = window, a.guided = guided, a.has_scale = P == 2 * C, a.reverse = reverse;
+    a.eps = float(eps), a.scale = float(scale), a.temperature = float(temperature);
+    a.tol = float(tol), a.break_even = break_even, a.threads = threads;
+    a.z = at<const float>(z), a.embed = at<const float>(embed), a.guide = at<const float>(guide);
+    a.w_in = at<const float>(weights.at(0)), a.position = at<const float>(weights.at(1));
+    a.norm1 = at<const float>(weights.at(2)), a.qkv = at<const void>(weights.at(3));
+    a.qkv_bias = at<const float>(weights.at(4)), a.proj = at<const void>(weights.at(5));
+    a.proj_bias = at<const float>(weights.at(6)), a.norm2 = at<const float>(weights.at(7));
+    a.up = at<const void>(weights.at(8)), a.up_bias = at<const float>(weights.at(9));
+    a.down = at<const void>(weights.at(10)), a.down_bias = at<const float>(weights.at(11));
+    a.w_out = at<const void>(weights.at(12)), a.b_out = at<const float>(weights.at(13));
+    a.x = at<float>(x), a.residual = at<float>(residual), a.counts = at<int64_t>(counts);
+    py::gil_scoped_release release;
+    const Scratch workspace(DType::f32, decode_workspace(a));
+    a.workspace = workspace.data;
+    active.decode(a);
+}
+
 }  // namespace
 }  // namespace flowops
 
@@ -238,4 +265,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("pad_noise", &pad_noise);
     m.def("gram_forward", &gram_forward);
     m.def("gram_backward", &gram_backward);
+    m.def("decode", &decode);
 }

@@ -134,6 +134,70 @@ inline int64_t gram_backward_scratch(const GramArgs &a) {
            a.threads * gram_backward_elements(a);
 }
 
+// One block of a TarFlow to invert; shapes, packing and the solver in flowops/decode.py. Everything
+// is contiguous; arithmetic is float, dtype is that of qkv, proj, up, down and w_out.
+struct DecodeArgs {
+    DType dtype;
+    int64_t B, T, C, W, L, heads, E, P, window;
+    bool guided, has_scale, reverse;
+    float eps, scale, temperature, tol;
+    double break_even;
+    int threads;
+    const float *z, *embed, *guide;
+    const float *w_in, *position, *norm1;
+    const void *qkv;
+    const float *qkv_bias;
+    const void *proj;
+    const float *proj_bias, *norm2;
+    const void *up;
+    const float *up_bias;
+    const void *down;
+    const float *down_bias;
+    const void *w_out;
+    const float *b_out;
+    float *x, *residual;
+    int64_t *counts;  // wide sweeps, single steps
+    void *workspace;  // decode_workspace floats, aligned to 64 bytes
+};
+
+constexpr int64_t decode_probe_sweeps = 4;
+constexpr int64_t decode_own_rows = 64;
+
+inline int64_t decode_padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Threads that share every product, and how many such teams share the images. A thread should have
+// two panels of outputs at least in the narrowest product; where one team is all there is, one.
+struct DecodeTeams {
+    int64_t count, size;
+};
+
+inline DecodeTeams decode_teams(const DecodeArgs &a, int64_t threads) {
+    int64_t size = a.W / 32 < 1 ? 1 : a.W / 32;
+    size = size < threads ? size : threads;
+    int64_t count = threads / size;
+    count = count < a.B ? count : a.B;
+    if (count == 1) size = a.W / 16 < threads ? a.W / 16 : threads;
+    return {count, size};
+}
+
+inline int64_t decode_rows(const DecodeArgs &a) {
+    const int64_t window = a.window < a.T - 1 ? a.window : a.T - 1;
+    return a.B * (a.guided ? 2 : 1) * window;
+}
+
+inline int64_t decode_thread_elements(const DecodeArgs &a) {
+    return decode_padded(decode_own_rows * a.W) + decode_padded(a.T) +
+           decode_padded(2 * decode_rows(a));
+}
+
+inline int64_t decode_workspace(const DecodeArgs &a) {
+    const int64_t rows = decode_rows(a), cache = (a.guided ? 2 : 1) * a.B * a.L * a.W;
+    return 2 * decode_padded(cache * decode_padded(a.T)) + 3 * decode_padded(rows * a.W) +
+           decode_padded(rows * 3 * a.W) + decode_padded(rows * a.E) +
+           decode_padded(rows * decode_padded(a.P)) + decode_padded(2 * a.B) +
+           (a.threads < 1 ? 1 : a.threads) * decode_thread_elements(a);
+}
+
 // Work is cut at fixed places that depend on sizes alone, so results do not depend on threads.
 constexpr int64_t affine_chunk_elements = 8192;
 
@@ -156,6 +220,7 @@ struct Kernels {
     void (*pad_noise)(const PadNoiseArgs &);
     void (*gram_forward)(const GramForwardArgs &);
     void (*gram_backward)(const GramBackwardArgs &);
+    void (*decode)(const DecodeArgs &);
 };
 
 #define FLOWOPS_DECLARE_KERNELS(ISA)                          \
@@ -168,13 +233,14 @@ struct Kernels {
     void pad_noise(const PadNoiseArgs &);                     \
     void gram_forward(const GramForwardArgs &);               \
     void gram_backward(const GramBackwardArgs &);             \
+    void decode(const DecodeArgs &);                          \
     }
 
 #define FLOWOPS_KERNELS(ISA)                                                                 \
     Kernels {                                                                                \
         #ISA, &ISA::affine_forward, &ISA::affine_backward, &ISA::affine_inverse,             \
             &ISA::affine_inverse_backward, &ISA::noise, &ISA::pad_noise, &ISA::gram_forward, \
-            &ISA::gram_backward                                                              \
+            &ISA::gram_backward, &ISA::decode                                                \
     }
 
 }  // namespace flowops

@@ -1,0 +1,117 @@
+"""As many images at a time as memory holds, and a bar that shows how far they are."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .decode import Guidance, Solver
+
+Drawn = TypeVar("Drawn")
+
+#: The part of the free memory that keys and values may take.
+_MEMORY_SHARE = 0.7
+
+
+def in_batches(n: int, batch_size: int, draw: Callable[[int, int], Drawn]) -> Iterator[Drawn]:
+    """Yields ``draw(first, last)`` over ``[0, n)``. Where memory does not hold a batch after all,
+    goes on with half of it and warns."""
+    first = 0
+    while first < n:
+        last = min(first + batch_size, n)
+        try:
+            drawn = draw(first, last)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if last - first == 1:
+                raise
+            batch_size = (last - first) // 2
+            warnings.warn(
+                f"memory does not hold {last - first} images at a time ({type(error).__name__}): "
+                f"sampling {batch_size} at a time",
+                stacklevel=3,
+            )
+            continue
+        yield drawn
+        first = last
+
+
+@contextlib.contextmanager
+def progress_bar(
+    shown: bool, images: int, blocks: int
+) -> Iterator[Callable[[Tensor], None] | None]:
+    """Inside, a bar on stderr if ``shown``; yields what to call with each block's output."""
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("sampling", total=images)
+
+        def on_block(tokens: Tensor) -> None:
+            if tokens.device.type == "cuda":
+                torch.cuda.current_stream(tokens.device).synchronize()
+            progress.advance(task, len(tokens) / blocks)
+
+        yield on_block
+
+
+def fitting_batch(
+    blocks: Iterable[nn.Module], asked: int, guidance: Guidance, solver: Solver, device
+) -> int:
+    """How many images of ``asked`` fit into the free memory at a time; warns if not all."""
+    free = free_memory(torch.device(device))
+    if free is None:
+        return asked
+    most = max(
+        1, int(free * _MEMORY_SHARE) // max(image_bytes(b, guidance, solver) for b in blocks)
+    )
+    if most < asked:
+        warnings.warn(
+            f"{asked} images at a time need more than the {free / 2**30:.1f} GiB of memory that "
+            f"are free: sampling {most} at a time",
+            stacklevel=4,
+        )
+    return min(asked, most)
+
+
+def image_bytes(block: nn.Module, guidance: Guidance, solver: Solver) -> int:
+    """Memory that one image takes while ``block`` is inverted: keys and values of all tokens, and
+    what a sweep holds of a window."""
+    T, W = block.pos_embed.shape
+    wide = max(block.pos_embed.element_size(), 4)
+    hidden = block.attn_blocks[0].mlp.main[0].out_features
+    window = 1 if solver.method == "exact" else min(solver.window or T, T)
+    cache = 2 * len(block.attn_blocks) * W * (T + 15)
+    sweep = window * (6 * W + hidden + block.proj_out.out_features)
+    passes = 2 if guidance.active else 1
+    return wide * (passes * (cache + sweep) + 4 * T * block.proj_in.in_features)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on ``device``, or None where that can't be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + kept
+    if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
+        return None
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    return free if limit is None or used is None else min(free, max(limit - used, 0))
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
