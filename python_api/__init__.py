@@ -1,6 +1,8 @@
 """What a user holds: layers, flows, densities, model files. The command line is
 ``flowops.api.cli``; tables and data sets are in ``flowops.api.table``, ``uci`` and ``sets``."""
 
+from .accelerate import accelerate, restore
+from .affine import AffineUpdate
 from .checkpoint import load_model, save_model
 from .density import Density, FlowSpec
 from .ferumal import FerumalFlow, KernelCoupling
@@ -13,6 +15,7 @@ from .tarflow import TarFlow, TarFlowBlock, gaussian_noise, uniform_dequantize
 
 __all__ = [
     "ActNorm",
+    "AffineUpdate",
     "Density",
     "FerumalFlow",
     "FitConfig",
@@ -26,10 +29,12 @@ __all__ = [
     "SamplingReport",
     "TarFlow",
     "TarFlowBlock",
+    "accelerate",
     "fit_flow",
     "gaussian_noise",
     "load_model",
     "patchify",
+    "restore",
     "save_model",
     "uniform_dequantize",
     "unpatchify",

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = {"padded_ffjord.py": ["--steps", "2", "--batch", "16", "--solver-steps", "2"]}
+TINY = ["--steps", "2", "--batch", "16"]
+EXAMPLES = {
+    "accelerate_attention.py": [*TINY, "--tokens", "16", "--width", "16"],
+    "accelerate_tarflow.py": [
+        *(*TINY, "--channels", "64", "--blocks", "2", "--layers", "1"),
+        *("--code", str(ROOT / "tests" / "plain_tarflow.py")),
+    ],
+    "padded_ffjord.py": [*TINY, "--solver-steps", "2"],
+    "realnvp_affine.py": [*TINY, "--couplings", "2", "--width", "8"],
+}
 
 
 def test_every_example_is_tested():
