@@ -253,9 +253,7 @@ def decode_block(
     check_solver(method, tol, window)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
-    T = z.shape[1]
-    window = 1 if method == "exact" else min(window or default_window(z.device, rows), T - 1) or 1
-    even = break_even(z.device, rows, window) if method == "auto" else 0.0
+    window, even = _plan(weights, rows, method, window)
     with torch.no_grad():
         return Decoded(
             *torch.ops.flowops.decode_block(
@@ -279,19 +277,45 @@ def check_solver(method: str, tol: float, window: int | None) -> None:
         raise ValueError(f"window: expected a positive number of tokens, got {window!r}")
 
 
-def _balance(device_type: str) -> int:
-    """Rows that a product takes at about the price of one: it is bound by reading weights."""
-    return 4 if device_type == "cpu" else 256
+#: Arithmetic operations in the time of reading a byte, in the products of few rows.
+_OPERATIONS_PER_BYTE = {"cpu": 3.0, "cuda": 200.0}
 
 
-def default_window(device: torch.device, rows: int) -> int:
-    return 16
+def pass_cost(weights: BlockWeights, rows: int) -> tuple[float, float]:
+    """What a pass over the block reads, weights and the keys and values of half of the tokens, and
+    what each token of its window adds to that in arithmetic; both in bytes."""
+    packed = PackedBlock(*weights.tensors)
+    products = [packed.w_in, packed.qkv, packed.proj, packed.up, packed.down, packed.w_out]
+    L, W = packed.proj_bias.shape
+    cache = L * W * weights.tokens * packed.qkv.element_size()
+    read = sum(w.nbytes for w in products) + rows * cache
+    ratio = _OPERATIONS_PER_BYTE.get(packed.w_in.device.type, 200.0)
+    return read, rows * 2 * sum(w.numel() for w in products) / ratio
 
 
-def break_even(device: torch.device, rows: int, window: int) -> float:
-    """Tokens that a sweep has to freeze to be as cheap as single steps for them."""
-    balance = _balance(device.type)
-    return max(rows * window, balance) / max(rows, balance)
+def default_window(weights: BlockWeights, rows: int) -> int:
+    """Tokens whose arithmetic takes three times as long as reading: wider sweeps read little less
+    for a token."""
+    read, token = pass_cost(weights, rows)
+    return min(max(math.ceil(3 * read / token), 4), max(weights.tokens - 1, 1))
+
+
+def break_even(weights: BlockWeights, rows: int, window: int) -> float:
+    """Tokens that a sweep has to freeze to be as cheap as single steps."""
+    read, token = pass_cost(weights, rows)
+    return (read + window * token) / (read + token)
+
+
+def _plan(weights: BlockWeights, rows: int, method: str, window: int | None) -> tuple[int, float]:
+    """The window, and what sweeps have to freeze for ``auto`` to go on with them (0: no matter)."""
+    if method == "exact":
+        return 1, 0.0
+    window = min(window or default_window(weights, rows), max(weights.tokens - 1, 1))
+    if method == "jacobi":
+        return window, 0.0
+    even = break_even(weights, rows, window)
+    # Tokens take more than three sweeps to settle: a window that needs more can't pay.
+    return (1, 0.0) if even > window / 3 else (window, even)
 
 
 def _check(z, weights: BlockWeights, embed: Tensor, guide: Tensor | None) -> int:

@@ -367,7 +367,7 @@ private:
             Io::store(p + c, value);
             for (int i = 0; i < N; ++i) {
                 const float d = difference[i] < 0 ? -difference[i] : difference[i];
-                largest = d <= largest ? largest : d;  // a NaN is taken and stays
+                if (!(d <= largest) && largest == largest) largest = d;  // a NaN is taken and stays
             }
         });
         return largest;
