@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch
+from .attention import triton_precision
 from .decode_weights import BlockWeights, PackedBlock, from_panels, panel_reason
 
 #: ``method="auto"`` looks at what this many wide sweeps have frozen (csrc/cpu/kernels.h).
@@ -205,6 +206,29 @@ def _cpu(
     return x, residual, counts
 
 
+def _triton_reason(z, weights, embed, guide, heads, eps, temperature, reverse, outputs, panels, *_):
+    if panels:
+        return "its weights were packed for the CPU kernels"
+    narrow, D = weights[3].dtype, weights[6].shape[1] // heads
+    if z.dtype != torch.float32 or narrow not in (torch.float32, torch.bfloat16):
+        return f"{narrow} weights with {z.dtype} tokens have no Triton kernel"
+    if D > 128:
+        return f"its heads are {D} wide, more than 128"
+    return dispatch.triton_dtype_reason(weights[3])
+
+
+@dispatch.implement("decode_block", "triton", _triton_reason)
+def _triton(
+    z, weights, embed, guide, heads, eps, temperature, reverse, outputs, panels, tol, window, even
+):
+    from .decode_graphs import decode_block
+
+    return decode_block(
+        *(z, weights, embed, guide, heads, eps, temperature, reverse, tol, window, even),
+        triton_precision(),
+    )
+
+
 # --- public --------------------------------------------------------------------------------------
 
 
@@ -337,6 +361,8 @@ def _check(z, weights: BlockWeights, embed: Tensor, guide: Tensor | None) -> int
         raise ValueError(f"embed: expected [{B}, {W}] or [{2 * B}, {W}], got {list(embed.shape)}")
     if len(embed) == B and guide is not None:
         raise ValueError(f"guide: needs embed [{2 * B}, {W}], got {list(embed.shape)}")
+    if guide is not None:
+        dispatch.check_floating(z=z, guide=guide)
     if len(embed) > B and (guide is None or guide.shape != (weights.tokens, 2)):
         got = None if guide is None else list(guide.shape)
         raise ValueError(f"guide: expected [{weights.tokens}, 2], got {got}")

@@ -100,13 +100,7 @@ def pack_block(
         ValueError: naming the argument that is off.
     """
     dispatch.check_backend(backend)
-    if not layers:
-        raise ValueError("layers: expected at least one, got none")
-    W, C = w_in.shape
-    if W % heads:
-        raise ValueError(f"heads: expected a divisor of the width {W}, got {heads}")
-    if w_out.shape not in ((2 * C, W), (C, W)):
-        raise ValueError(f"w_out: expected [{2 * C}, {W}] or [{C}, {W}], got {list(w_out.shape)}")
+    _check(w_in, b_in, position, layers, w_out, b_out, heads)
     narrow = dtype or layers[0].qkv_weight.dtype
     wide = torch.float64 if narrow == torch.float64 else torch.float32
 
@@ -145,9 +139,45 @@ def pack_block(
         eps=eps,
         panels=panels,
         tokens=len(position),
-        channels=C,
+        channels=w_in.shape[1],
         outputs=len(b_out),
     )
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> int | None:
+    """A number that changes with the tensors' values, read at a few places of each: enough to see
+    what an optimizer does, which PyTorch's version counters don't if it is fused. None where
+    reading them would wait for a device, or the native module is missing."""
+    if not dispatch.backend_state("cpu")[0] or any(t.device.type != "cpu" for t in tensors):
+        return None
+    return dispatch.native().fingerprint(
+        [t.data_ptr() for t in tensors], [t.nbytes for t in tensors]
+    )
+
+
+def _check(w_in, b_in, position, layers, w_out, b_out, heads: int) -> None:
+    if w_in.ndim != 2:
+        raise ValueError(f"w_in: expected [W, C], got {list(w_in.shape)}")
+    (W, C), P = w_in.shape, len(w_out) if w_out.ndim else 0
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or W % heads:
+        raise ValueError(f"heads: expected a divisor of the width {W}, got {heads}")
+    if not layers:
+        raise ValueError("layers: expected at least one, got none")
+    if tuple(w_out.shape) not in ((2 * C, W), (C, W)):
+        raise ValueError(f"w_out: expected [{2 * C}, {W}] or [{C}, {W}], got {list(w_out.shape)}")
+    T = len(position) if position.ndim else 0
+    expected = {"b_in": (b_in, (W,)), "position": (position, (T, W)), "b_out": (b_out, (P,))}
+    E = len(layers[0].up_bias)
+    shapes = LayerWeights(
+        *((W,), (W,), (3 * W, W), (3 * W,), (W, W), (W,)),
+        *((W,), (W,), (E, W), (E,), (W, E), (W,)),
+    )
+    for i, layer in enumerate(layers):
+        for name, shape in shapes._asdict().items():
+            expected[f"layers[{i}].{name}"] = getattr(layer, name), shape
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
 
 
 def panel_reason(packed: PackedBlock, heads: int) -> str | None:

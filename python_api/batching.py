@@ -1,6 +1,5 @@
 """As many images at a time as memory holds, and a bar that shows how far they are."""
 
-import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -39,27 +38,37 @@ def in_batches(n: int, batch_size: int, draw: Callable[[int, int], Drawn]) -> It
         first = last
 
 
-@contextlib.contextmanager
-def progress_bar(
-    shown: bool, images: int, blocks: int
-) -> Iterator[Callable[[Tensor], None] | None]:
-    """Inside, a bar on stderr if ``shown``; yields what to call with each block's output."""
-    if not shown:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+class ProgressBar:
+    """Images on stderr, in parts of their blocks; waits for every block."""
 
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("sampling", total=images)
+    def __init__(self, images: int, blocks: int):
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-        def on_block(tokens: Tensor) -> None:
-            if tokens.device.type == "cuda":
-                torch.cuda.current_stream(tokens.device).synchronize()
-            progress.advance(task, len(tokens) / blocks)
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("sampling", total=images)
+        self._images, self._blocks, self._finished, self._begun = images, blocks, 0, 0.0
 
-        yield on_block
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error):
+        self._progress.stop()
+
+    def on_block(self, tokens: Tensor) -> None:
+        if tokens.device.type == "cuda":
+            torch.cuda.current_stream(tokens.device).synchronize()
+        self._begun += len(tokens) / self._blocks
+        self._show(self._finished + self._begun)
+
+    def on_batch(self, images: Tensor) -> None:
+        self._finished, self._begun = self._finished + len(images), 0.0
+        self._show(self._finished)
+
+    def _show(self, images: float) -> None:
+        self._progress.update(self._task, completed=min(images, self._images))
 
 
 def fitting_batch(

@@ -6,6 +6,7 @@
 import dataclasses
 import platform
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -192,22 +193,22 @@ def score(argv: list[str]) -> None:
     run(argv)
 
 
-def sample(argv: list[str]) -> None:
+def sample(argv: list[str]) -> int | None:
     from .cli_density import sample as sample_rows
     from .density import is_density
 
     if any(is_density(argument) for argument in argv if not argument.startswith("-")):
-        sample_rows(argv)
-    else:
-        _sample_images(argv)
+        return sample_rows(argv)
+    return _sample_images(argv)
 
 
-def _sample_images(argv: list[str]) -> None:
+def _sample_images(argv: list[str]) -> int:
     import torch
     import tyro
 
     from .checkpoint import load_model, read_tensors
     from .data import save_grid
+    from .sampling import SamplingInterrupted
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -221,7 +222,21 @@ def _sample_images(argv: list[str]) -> None:
         label: int | None = None
         """Class of all images; otherwise the classes in turn."""
         guidance: float = 0.0
+        """Strength of guidance towards the class."""
+        guide_what: Literal["ab", "a", "b"] = "ab"
+        """Guide log-scales (a), shifts (b) or both."""
         attn_temp: float = 1.0
+        """The unguided pass divides its attention scores by it."""
+        annealed_guidance: bool = False
+        """Guidance grows linearly along the tokens."""
+        method: Literal["exact", "jacobi", "auto"] = "exact"
+        """Token by token, sweeps over windows of tokens, or for each block what pays."""
+        tol: float = 1e-3
+        """jacobi, auto: the largest residual left in a block; 0 for the exact images."""
+        window: int | None = None
+        """jacobi, auto: tokens a sweep; what suits the device by default."""
+        batch_size: int = 256
+        """Images at a time, at most."""
         denoise: bool = True
         """Remove the training noise (Tweedie)."""
         columns: int = 10
@@ -234,16 +249,55 @@ def _sample_images(argv: list[str]) -> None:
     trained = read_tensors(args.model)[1].get("train_config", {})
     gaussian = trained.get("noise") == "gaussian"
     labels = args.label if args.label is not None else _labels_in_turn(model, args.n)
-    images = model.sample(
-        args.n,
-        labels,
-        guidance=args.guidance,
-        attn_temp=args.attn_temp,
-        denoise_std=trained["noise_std"] if args.denoise and gaussian else 0.0,
-        rng=torch.tensor([args.seed, 0], device=model.var.device),
-    )
+    started = time.perf_counter()
+    try:
+        images, report = model.sample(
+            args.n,
+            labels,
+            guidance=args.guidance,
+            guide_what=args.guide_what,
+            attn_temp=args.attn_temp,
+            annealed_guidance=args.annealed_guidance,
+            method=args.method,
+            tol=args.tol,
+            window=args.window,
+            batch_size=args.batch_size,
+            denoise_std=trained["noise_std"] if args.denoise and gaussian else 0.0,
+            rng=torch.tensor([args.seed, 0], device=model.var.device),
+            progress=sys.stderr.isatty(),
+            return_report=True,
+        )
+    except SamplingInterrupted as interrupt:
+        written = "nothing written"
+        if interrupt.images is not None:
+            save_grid(interrupt.images, args.out, args.columns)
+            written = f"written to {args.out}"
+        print(f"\nflowops: {interrupt}, {written}", file=sys.stderr)
+        return 130
+    images = images.cpu()  # waits for them
+    seconds = time.perf_counter() - started
     save_grid(images, args.out, args.columns)
     print(args.out)
+    print(f"{args.n} images in {seconds:.3g} s, {args.n / seconds:.3g} images/s")
+    if args.method != "exact":
+        _print_sampling_report(report, f"{args.method}, tol {args.tol:g}")
+    return 0
+
+
+def _print_sampling_report(report, title: str) -> None:
+    """A line for each block, in the order they are inverted."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in ("block", "sweeps", "single steps", "largest residual"):
+        table.add_column(heading, justify="right")
+    for block in reversed(range(report.sweeps.shape[1])):
+        sweeps, steps = (
+            f"{t[:, block].double().mean():.3g}" for t in (report.sweeps, report.steps)
+        )
+        table.add_row(str(block), sweeps, steps, f"{report.residual[:, block].max():.1e}")
+    Console().print(table)
 
 
 def evaluate_model(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ how each block was solved.
 Source: Zhai et al. (arXiv 2412.06329).
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from flowops import noise_normal
 from flowops.noise import Rng, make_rng
 
-from .batching import fitting_batch, in_batches, progress_bar
+from .batching import ProgressBar, fitting_batch, in_batches
 from .decode import BlockReport, Guidance, Solver, invert_block
 from .patches import unpatchify
 
@@ -154,7 +155,6 @@ class Sampling:
         images = images if return_sequence else images[0]
         return (images, report) if return_report else images
 
-    @torch.no_grad()
     def stream(
         self,
         n: int,
@@ -172,8 +172,8 @@ class Sampling:
         batch_size: int = 256,
         on_block: Callable[[Tensor], None] | None = None,
     ) -> Iterator[tuple[Tensor, SamplingReport]]:
-        """Draws n images, batch by batch: yields ``[b, c, H, W]`` and the report as they are
-        finished.
+        """Draws n images, batch by batch: an iterator over ``[b, c, H, W]`` with the report of each
+        as they are finished.
 
         Args:
             n: how many.
@@ -192,18 +192,21 @@ class Sampling:
         for name, value in (("n", n), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive number of images, got {value!r}")
+        if not 0 <= denoise_std < float("inf"):
+            raise ValueError(
+                f"denoise_std: expected a finite number, at least 0, got {denoise_std!r}"
+            )
         device = self.var.device
         if isinstance(y, int):
             y = torch.full((n,), y, device=device)
         self._check_labels(y, n)
-        plan, solver = (
-            Guidance(guidance, guide_what, attn_temp, annealed_guidance),
-            Solver(method, tol, window),
-        )
+        plan = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        solver = Solver(method, tol, window)
         self._check_guidance(plan)
         noise = noise_normal((n, self.num_patches * self.patch_channels), rng=make_rng(rng, device))
         noise = noise.view(n, self.num_patches, self.patch_channels).to(self.var.dtype)
 
+        @torch.no_grad()
         def draw(first: int, last: int) -> tuple[Tensor, SamplingReport]:
             labels = None if y is None else y[first:last]
             images, report = self.reverse(
@@ -218,7 +221,7 @@ class Sampling:
                 images = self.denoise(images, labels, denoise_std)
             return images, report
 
-        yield from in_batches(
+        return in_batches(
             n, fitting_batch(self.blocks, min(n, batch_size), plan, solver, device), draw
         )
 
@@ -229,12 +232,13 @@ class Sampling:
         *,
         progress: bool = False,
         return_report: bool = False,
+        on_block: Callable[[Tensor], None] | None = None,
         **options,
     ) -> Tensor | tuple[Tensor, SamplingReport]:
         """Draws n images ``[n, c, H, W]``.
 
         Args:
-            n, y, options: as in ``stream``.
+            n, y, on_block, options: as in ``stream``.
             progress: show a bar, which waits for every block (needs the package rich).
             return_report: also a ``SamplingReport``.
 
@@ -243,11 +247,22 @@ class Sampling:
             SamplingInterrupted: on Ctrl-C, with the images that are finished.
         """
         images, reports = [], []
-        with progress_bar(progress, n, len(self.blocks)) as on_block:
+        bar = ProgressBar(n, len(self.blocks)) if progress else None
+
+        def finished(tokens: Tensor) -> None:
+            if bar is not None:
+                bar.on_block(tokens)
+            if on_block is not None:
+                on_block(tokens)
+
+        batches = self.stream(n, y, on_block=finished, **options)
+        with bar or contextlib.nullcontext():
             try:
-                for batch, report in self.stream(n, y, on_block=on_block, **options):
+                for batch, report in batches:
                     images.append(batch)
                     reports.append(report)
+                    if bar is not None:
+                        bar.on_batch(batch)
             except KeyboardInterrupt:
                 raise SamplingInterrupted(torch.cat(images) if images else None, n) from None
         images = torch.cat(images)

@@ -227,8 +227,9 @@ class TarFlow(Sampling, nn.Module):
             raise ValueError(f"noise_std: expected a finite number, at least 0, got {noise_std!r}")
         self._check_images(x)
         self._check_labels(y, x.shape[0])
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+        # Tensors of inference mode can't take part in a graph; copies made outside of it can.
+        with torch.inference_mode(False), torch.enable_grad():
+            x, y = x.detach().clone().requires_grad_(), None if y is None else y.clone()
             z, logdets = patchify(x, self.patch_size).contiguous(), 0
             for block in self.blocks:
                 frozen = {name: p.detach() for name, p in block.named_parameters()}
@@ -244,8 +245,8 @@ class TarFlow(Sampling, nn.Module):
         return (x + noise_std**2 * score).detach()
 
     def train(self, mode: bool = True) -> "TarFlow":
-        """As ``nn.Module.train``; also drops what was prepared for sampling, which writes through
-        ``parameter.data`` alone would leave as it was."""
+        """As ``nn.Module.train``; also drops what was prepared for sampling, which a write through
+        ``parameter.data`` to a few elements alone would leave as it was."""
         forget_weights(self)
         return super().train(mode)
 

@@ -20,7 +20,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from flowops.kernels import affine, attention, gram, gram_backward, launch, padding, patch_attention
+from flowops.decode_weights import PackedBlock
+from flowops.kernels import (
+    affine,
+    attention,
+    decode,
+    gram,
+    gram_backward,
+    launch,
+    padding,
+    patch_attention,
+)
 from flowops.kernels.attention_backward import causal_attention_bwd
 from flowops.kernels.noise import noise_fwd
 
@@ -84,6 +94,7 @@ def calls(family: str) -> Iterator[tuple[str, Callable[[], object]]]:
         )
     yield from attention_calls(precision)
     yield from gram_calls("ieee" if precision == "ieee" else "fp32")
+    yield from decode_calls(precision)
     if family == "sm80":  # what may go wrong there goes wrong before there is a target
         yield from smallest_calls()
 
@@ -181,6 +192,29 @@ def gram_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
         )
 
 
+def decode_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One layer, in single steps and in windows; rows R over B images, guided where R = 2B."""
+    for dtype, W, D, C, B, R, n in (
+        *((BF16, 768, 64, 12, 1, 1, 1), (BF16, 768, 64, 12, 64, 128, 1)),
+        *((BF16, 768, 64, 12, 64, 128, 64), (BF16, 768, 64, 12, 16, 16, 64)),
+        *((BF16, 128, 64, 4, 16, 16, 1), (FP32, 128, 64, 192, 1, 2, 1)),
+        *((FP32, 128, 64, 48, 8, 16, 1), (FP32, 128, 128, 4, 1, 1, 64)),
+        (FP32, 768, 64, 12, 64, 64, 64),
+    ):
+        T, E = (1024 if W == 768 else 49), 4 * W
+        shapes = ((W, C), (T, W), (1, 2, W), (1, 3 * W, W), (1, 3 * W), (1, W, W), (1, W))
+        shapes += ((1, 2, W), (1, E, W), (1, E), (1, W, E), (1, W), (2 * C, W), (2 * C,))
+        stored = (3, 5, 8, 10, 12)
+        weights = PackedBlock(
+            *(empty(*s, dtype=dtype if i in stored else FP32) for i, s in enumerate(shapes))
+        )
+        sizes = decode.sizes_of(empty(B, T, C), weights, empty(R, W), W // D, n)
+        work = decode.Workspace(sizes, torch.device("meta"))
+        settings = decode.Settings(1e-5, 1.5, 1e-3, precision)
+        name = f"{short(dtype)} W={W} D={D} C={C} R={R} n={sizes.window}"
+        yield name, partial(decode.sweep, work, weights, settings, sizes.window)
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -225,6 +259,7 @@ def compile_all(family: str) -> dict[str, dict]:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tiles = {k: v for k, v in options.items() if k.startswith("BLOCK")}
         tiles |= {"warps": options["num_warps"], "stages": options["num_stages"]}
+        tiles |= {k: v for k, v in options.items() if k in ("INPUT", "OUTPUT")}
         label = " ".join(f"{k}={v}" for k, v in tiles.items())
         compiled[f"{self.fn.__name__} [{current}] {label}"] = resources(kernel, target)
 

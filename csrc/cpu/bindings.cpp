@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -248,6 +249,21 @@ void decode(int dtype, int64_t B, int64_t T, int64_t C, int64_t W, int64_t L, in
     active.decode(a);
 }
 
+// Mixes up to 16 words of each run of bytes, evenly spaced.
+uint64_t fingerprint(const std::vector<Address> &addresses, const std::vector<int64_t> &bytes) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < addresses.size(); ++i) {
+        const int64_t words = bytes.at(i) / 4, step = words < 16 ? 1 : words / 16;
+        for (int64_t word = 0; word < words; word += step) {
+            uint32_t value;
+            std::memcpy(&value, at<const char>(addresses[i]) + 4 * word, 4);
+            hash = (hash ^ value) * 0x100000001b3u;
+            hash ^= hash >> 29;
+        }
+    }
+    return hash;
+}
+
 }  // namespace
 }  // namespace flowops
 
@@ -266,4 +282,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("gram_forward", &gram_forward);
     m.def("gram_backward", &gram_backward);
     m.def("decode", &decode);
+    m.def("fingerprint", &fingerprint);
 }
