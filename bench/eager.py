@@ -52,18 +52,20 @@ class EagerTarFlow:
     def _block(self, block, x, y):
         raster = x
         x = x.flip(1) if block.reverse else x
-        position = block.pos_embed.flip(0) if block.reverse else block.pos_embed
-        h = block.proj_in(x) + position + _class_embedding(block, y)
-        for layer in block.attn_blocks:
-            h = self._layer(layer, h, self.mask, None)
-        params = block.proj_out(h)
+        params = self._params(block, x, y)
         if self.fused_affine:
             z, logdet = flowops.affine_update(raster, params, reverse=block.reverse)
             return z, logdet / x[0].numel()
-        params = torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
-        a, b = params.chunk(2, dim=-1)
+        a, b = _shifted(params).chunk(2, dim=-1)
         z = (x - b) * (-_wide(a)).exp().type(a.dtype)
         return z.flip(1) if block.reverse else z, -a.mean(dim=[1, 2])
+
+    def _params(self, block, x, y, temperature=1.0):
+        position = block.pos_embed.flip(0) if block.reverse else block.pos_embed
+        h = block.proj_in(x) + position + _class_embedding(block, y)
+        for layer in block.attn_blocks:
+            h = self._layer(layer, h, self.mask, None, temperature)
+        return block.proj_out(h)
 
     def _layer(self, layer, h, mask, cache, temperature=1.0):
         B, T, W = h.shape
@@ -89,11 +91,45 @@ class EagerTarFlow:
         return h + mlp.main(_norm(mlp.norm, h))
 
     @torch.no_grad()
-    def reverse(self, noise: Tensor, y=None, guidance: float = 0.0, attn_temp: float = 1.0):
+    def reverse(
+        self,
+        noise: Tensor,
+        y: Tensor | None = None,
+        guidance: float = 0.0,
+        attn_temp: float = 1.0,
+        return_sequence: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Token by token. No label may be -1: to look for them would be a wait for the GPU at
+        every token, which the reference program does not have."""
         x = noise * self.model.var.sqrt()
+        sequence = [noise]
         for block in reversed(self.model.blocks):
             x = self._reverse_block(block, x, y, guidance, attn_temp)
-        return unpatchify(x, self.model.patch_size, self.model.img_size)
+            sequence.append(x)
+        size = self.model.patch_size, self.model.img_size
+        if return_sequence:
+            return [unpatchify(tokens, *size) for tokens in sequence]
+        return unpatchify(x, *size)
+
+    def fixed_point(
+        self,
+        index: int,
+        x: Tensor,
+        z: Tensor,
+        y: Tensor | None = None,
+        guidance: float = 0.0,
+        attn_temp: float = 1.0,
+    ) -> Tensor:
+        """``z exp(a) + b`` of block ``index``, with a and b of all tokens of x at once: x itself if
+        the block turns it into z."""
+        block = self.model.blocks[index]
+        x, z = (t.flip(1) if block.reverse else t for t in (x, z))
+        params = self._params(block, x, y)
+        if guidance > 0:
+            params = params + guidance * (params - self._params(block, x, None, attn_temp))
+        a, b = _shifted(params).chunk(2, dim=-1)
+        new = z * _wide(a).exp().type(a.dtype) + b
+        return new.flip(1) if block.reverse else new
 
     def _reverse_block(self, block, z, y, guidance, attn_temp):
         x = z.flip(1) if block.reverse else z.clone()
@@ -108,7 +144,7 @@ class EagerTarFlow:
         return x.flip(1) if block.reverse else x
 
     def _step(self, block, x, position, i, y, caches, temperature):
-        h = block.proj_in(x[:, i : i + 1]) + position[i : i + 1] + _class_embedding(block, y)
+        h = block.proj_in(x[:, i : i + 1]) + position[i : i + 1] + _label_embedding(block, y)
         for layer, cache in zip(block.attn_blocks, caches, strict=True):
             h = self._layer(layer, h, None, cache, temperature)
         return block.proj_out(h).chunk(2, dim=-1)
@@ -124,12 +160,19 @@ def _wide(t):
     return t if t.dtype == torch.float64 else t.float()
 
 
+def _shifted(params):
+    """Those of each token from the tokens before it."""
+    return torch.cat([torch.zeros_like(params[:, :1]), params[:, :-1]], dim=1)
+
+
 def _class_embedding(block, y):
+    if block.class_embed is None or y is None or not (y < 0).any():
+        return _label_embedding(block, y)
+    dropped = (y < 0).float().view(-1, 1, 1)
+    return (1 - dropped) * block.class_embed[y] + dropped * block.class_embed.mean(dim=0)
+
+
+def _label_embedding(block, y):
     if block.class_embed is None:
         return 0
-    if y is None:
-        return block.class_embed.mean(dim=0)
-    if (y < 0).any():
-        dropped = (y < 0).float().view(-1, 1, 1)
-        return (1 - dropped) * block.class_embed[y] + dropped * block.class_embed.mean(dim=0)
-    return block.class_embed[y]
+    return block.class_embed.mean(dim=0) if y is None else block.class_embed[y]

@@ -23,19 +23,24 @@ def plot(rows: list[Row], folder: Path, device: str, ops: Iterable[str]) -> None
                 panels.setdefault((row.job, row.dtype), []).append(row)
         if not panels:
             continue
+        columns = len(panels) if len(panels) <= 4 else 3
+        lines = -(-len(panels) // columns)
         figure, axes = plt.subplots(
-            *(1, len(panels)),
-            figsize=(1.5 + 5.5 * len(panels), 4.5),
+            *(lines, columns),
+            figsize=(1.5 + 5.5 * columns, 4.5 * lines),
             layout="constrained",
             squeeze=False,
         )
         colors: dict[str, str] = {}
-        for panel, ((job, dtype), group) in zip(axes[0], panels.items(), strict=True):
+        used = axes.flat[: len(panels)]
+        for panel, ((job, dtype), group) in zip(used, panels.items(), strict=True):
             _panel(panel, group, colors)
             panel.set_title(f"{job}, {dtype}")
+        for panel in axes.flat[len(panels) :]:
+            panel.remove()
         figure.suptitle(f"{op} on {device}")
         labels = {}  # of all panels, each once
-        for panel in axes[0]:
+        for panel in used:
             labels |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
         figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, fontsize=8)
         figure.savefig(folder / f"{op}.png", dpi=110)

@@ -9,7 +9,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 
@@ -27,10 +27,9 @@ from .plot import plot
 def _model_specs(name: str) -> Callable[..., Iterator[Spec]]:
     """Imported when asked for: an older flowops may have the ops and not the model."""
 
-    def model_specs(device: str, upstream: Path | None = None) -> Iterator[Spec]:
-        from . import tarflow
-
-        return getattr(tarflow, name)(device, upstream)
+    def model_specs(device: str, **options: Path | None) -> Iterator[Spec]:
+        module = import_module(f".{name}", __package__)
+        return getattr(module, f"{name}_specs")(device, **options)
 
     return model_specs
 
@@ -43,12 +42,13 @@ OPS: dict[str, Callable[..., Iterator[Spec]]] = {
     "patch_attention": patch_attention_specs,
     "gram": gram_specs,
     "coupling": coupling_specs,
-    "tarflow": _model_specs("tarflow_specs"),
-    "sampling": _model_specs("sampling_specs"),
+    "tarflow": _model_specs("tarflow"),
+    "sampling": _model_specs("sampling"),
     "threads": threads_specs,
 }
 SECONDS = {"cpu": 1.0, "cuda": 0.3}
-MODELS = ("tarflow", "sampling")
+#: The ops that are models, and the files they can be given.
+MODELS = {"tarflow": ("upstream",), "sampling": ("upstream", "model")}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "ops",
         nargs="*",
         metavar="op",
-        help=f"some of {', '.join(OPS)}; none for all; or overhead, or papers alone",
+        help=f"some of {', '.join(OPS)}; none for all; or overhead, papers or jacobi alone",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument(
@@ -80,6 +80,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="a checkout of the reference program, with transformer_flow.py, as a baseline",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="a model.safetensors whose weights the Jacobi rows of sampling use, not random ones",
     )
     parser.add_argument(
         "--against", metavar="GIT_REF", help="build that commit and compare our own times with it"
@@ -102,15 +108,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         from .upstream import load_upstream
 
         load_upstream(args.upstream)  # now rather than after minutes
+    if args.model is not None:
+        from .models import trained_model
+
+        trained_model(args.model, "cpu")
     return args
 
 
-def specs(ops: list[str], device: str, upstream: Path | None = None) -> list[Spec]:
-    """The jobs of ``ops``, none for all, in the order of the tables."""
+def specs(ops: list[str], device: str, **options: Path | None) -> list[Spec]:
+    """The jobs of ``ops``, none for all, in the order of the tables. ``upstream`` and ``model`` go
+    to those that know them."""
     jobs = []
     for op in ops or OPS:
-        make = partial(OPS[op], upstream=upstream) if op in MODELS else OPS[op]
-        jobs += make(device)
+        known = {name: options[name] for name in MODELS.get(op, ()) if name in options}
+        jobs += OPS[op](device, **known)
     return jobs
 
 
@@ -154,6 +165,10 @@ def main(argv: list[str]) -> int:
         from .papers.run import main as papers
 
         return papers(argv[1:])
+    if argv[:1] == ["jacobi"]:
+        from .jacobi import main as jacobi
+
+        return jacobi(argv[1:])
     args = parse(argv)
     if args.ops == ["overhead"]:
         from .overhead import main as overhead
@@ -175,7 +190,9 @@ def bench(args: argparse.Namespace) -> int:
     for name, rate in rates.asdict().items():
         print(f"  ceiling, {name}: {rate / 1e9:.4g} G a second")
     sha = env["git"] + ("+" if env["dirty"] else "")
-    rows = run_all(specs(args.ops, args.device, args.upstream), rates, args, sha)
+    rows = run_all(
+        specs(args.ops, args.device, upstream=args.upstream, model=args.model), rates, args, sha
+    )
     folder, slower = results_folder(env), []
     if folder is not None:
         _, stored = report.load(folder)

@@ -1,4 +1,4 @@
-"""TarFlow through flowops against the same model in plain PyTorch, training and sampling."""
+"""A training step of a TarFlow through flowops against the same model in plain PyTorch."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -14,11 +14,10 @@ from flowops.api import TarFlow
 from .ceilings import Work
 from .eager import EagerTarFlow
 from .job import DTYPES, OURS, Job, Missing, Spec
-from .timing import Timing, check_error, gate, interleave, relative_error
+from .models import DEMO, FACTOR, IMAGENET64, make_model, sizes
+from .sampling import SamplingJob
+from .timing import Timing, check_error, interleave, relative_error
 from .upstream import load_upstream, upstream_model
-
-#: A whole model amplifies rounding by what its weights make of it.
-FACTOR = 10
 
 
 @dataclass(frozen=True)
@@ -65,42 +64,16 @@ def _compare(job: Job, seconds: float) -> Comparison:
     return Comparison(timings[OURS], timings["eager"], error)
 
 
-# --- what a model must do ------------------------------------------------------------------------
-
-
-def _sizes(model: TarFlow) -> tuple[int, int, int, int]:
-    """Attention layers, width, weights in products, tokens."""
-    layers = sum(len(block.attn_blocks) for block in model.blocks)
-    products = sum(
-        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
-    )
-    return layers, model.config["channels"], products, model.num_patches
-
-
 def training_work(model: TarFlow, B: int, precision: str) -> Work:
     """Two operations a weight and token forward and four backward, attention over the causal pairs
     (2.5 times that backward), and AdamW's three states, weights and gradients once in and out."""
-    layers, width, products, T = _sizes(model)
+    layers, width, products, T = sizes(model)
     linear, attention = 2 * products * T * B, 4 * width * layers * B * T * (T + 1) // 2
     heads = width // model.config["head_dim"]
     return Work(
         bytes=32 * sum(p.numel() for p in model.parameters()),
         flops=3 * linear + attention * 7 // 2,
         exps=2 * layers * heads * B * T * (T + 1) // 2,
-        product=precision,
-    )
-
-
-def sampling_work(model: TarFlow, B: int, guidance: float, precision: str = "fp32") -> Work:
-    """Token by token: every weight for every token, and keys and values of all tokens so far.
-    Guidance asks twice, and shares the weights."""
-    layers, width, products, T = _sizes(model)
-    size, asked = DTYPES[precision].itemsize, B * (2 if guidance > 0 else 1)
-    seen = T * (T - 1) // 2
-    return Work(
-        bytes=size * ((T - 1) * products + 2 * layers * width * asked * seen),
-        flops=asked * (2 * products * (T - 1) + 4 * layers * width * seen),
-        exps=asked * layers * (width // model.config["head_dim"]) * seen,
         product=precision,
     )
 
@@ -196,57 +169,7 @@ def _worst(actual: tuple[Tensor, ...], golden: tuple[Tensor, ...]) -> tuple[floa
     return z, logdet, max(grads)
 
 
-# --- sampling ------------------------------------------------------------------------------------
-
-
-class SamplingJob(Job):
-    """Exact sampling: all providers turn the same noise into images."""
-
-    inputs = ()
-
-    def __init__(self, model, noise, y, guidance=0.0):
-        self.model, self.noise, self.y, self.guidance = model, noise, y, guidance
-        self.work = sampling_work(model, len(noise), guidance)
-        eager = EagerTarFlow(model)
-        self.providers = {OURS: model.reverse, "eager": eager.reverse}
-        self._golden = None
-
-    @torch.no_grad()
-    def call(self, name: str, inputs=()) -> Tensor:
-        return self.providers[name](self.noise, self.y, self.guidance)
-
-    def check(self, name: str) -> float:
-        if self._golden is None:
-            double = EagerTarFlow(copy.deepcopy(self.model).double())
-            self._golden = (
-                double.reverse(self.noise.double(), self.y, self.guidance),
-                self.call("eager"),
-            )
-        golden, plain = self._golden
-        images = self.call(name)
-        if name != OURS:
-            return relative_error(images, golden)
-        return gate("images", images, plain, golden, torch.float32, FACTOR)
-
-    def release(self) -> None:
-        self._golden = None
-
-
 # --- the jobs of `flowops bench` -----------------------------------------------------------------
-
-
-def make_model(device: str, config: tuple, classes: int = 0) -> TarFlow:
-    """A TarFlow whose blocks are not the identity."""
-    torch.manual_seed(0)
-    model = TarFlow(*config, num_classes=classes).to(device)
-    for parameter in model.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    return model
-
-
-#: in_channels, img_size, patch_size, channels, num_blocks, layers_per_block
-DEMO = (1, 28, 4, 128, 4, 2)
-IMAGENET64 = (3, 64, 2, 768, 8, 8)
 
 
 def tarflow_specs(device: str, upstream: Path | None = None) -> Iterator[Spec]:
@@ -309,31 +232,4 @@ def ladder_job(device, config, classes, B, gated, precision) -> Job:
         rungs = EagerTarFlow(model, **switches)
         job.add(rung, rungs.forward, rungs.loss)
     job.add("+ bf16", rungs.forward, rungs.loss, precision="bf16")
-    return job
-
-
-def sampling_specs(device: str, upstream: Path | None = None) -> Iterator[Spec]:
-    small = [(f"4x{n} layers", (*DEMO[:5], n), 10) for n in (2, 4)]
-    if device == "cpu":
-        cases = [(*small[0], 32, 0.0), (*small[0], 100, 1.0), (*small[1], 1, 0.0)]
-        cases += [(*small[1], 32, 0.0)]
-    else:
-        # One block of the eight of the 64x64 model: they are alike, and eager takes its time.
-        large = ("one block of 2-768-8-8", (*IMAGENET64[:4], 1, 8), 0)
-        cases = [(*small[1], 1, 0.0), (*small[1], 32, 0.0), (*large, 16, 0.0), (*large, 64, 0.0)]
-    for name, config, classes, B, guidance in cases:
-        build = partial(sampling_job, device, config, classes, B, guidance, upstream)
-        job = "exact, guided" if guidance else "exact"
-        yield Spec("sampling", job, f"{name}, B={B}", "fp32", build)
-
-
-def sampling_job(device, config, classes, B, guidance, upstream=None) -> Job:
-    model = make_model(device, config, classes)
-    noise = torch.randn(B, model.num_patches, model.patch_channels, device=device)
-    labels = torch.arange(B, device=device) % classes if classes else None
-    job = SamplingJob(model, noise, labels, guidance)
-    if upstream is None:
-        job.providers["upstream"] = Missing("no --upstream DIR")
-    else:
-        job.providers["upstream"] = upstream_model(load_upstream(upstream), model).reverse
     return job

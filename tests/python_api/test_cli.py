@@ -109,6 +109,70 @@ def test_sample_writes_a_grid(trained, tmp_path, capsys):
     assert out.read_bytes() == first
 
 
+def test_sample_by_any_method_draws_the_same_at_tol_zero(trained, tmp_path, capsys):
+    model, written = str(trained / "model.safetensors"), set()
+    for options in (
+        ["--method", "exact"],
+        ["--method", "jacobi", "--tol", "0", "--window", "3", "--batch-size", "5"],
+        ["--method", "auto", "--tol", "0"],
+    ):
+        out = tmp_path / "grid.png"
+        guided = ["--guidance", "1.0", "--guide-what", "b", "--annealed-guidance"]
+        assert main(["sample", model, "--n", "12", "--out", str(out), *guided, *options]) == 0
+        written.add(out.read_bytes())
+        said = capsys.readouterr()
+        assert said.out.startswith(f"{out}\n12 images in ")
+        assert "images/s" in said.out
+        assert ("largest residual" in said.out) == (options[1] != "exact")
+        assert said.err == ""  # no bar where nobody looks
+    assert len(written) == 1
+
+
+def test_sample_passes_guidance_on(trained, tmp_path):
+    model, written = str(trained / "model.safetensors"), set()
+    for options in ([], ["--guide-what", "a"], ["--annealed-guidance"], ["--attn-temp", "0.5"]):
+        out = tmp_path / "grid.png"
+        assert main(["sample", model, "--guidance", "2", "--out", str(out), *options]) == 0
+        written.add(out.read_bytes())
+    assert len(written) == 4
+
+
+def test_sample_reports_each_block(trained, tmp_path, capsys):
+    options = ["--method", "jacobi", "--tol", "0.01", "--n", "4", "--out", str(tmp_path / "x.png")]
+    assert main(["sample", str(trained / "model.safetensors"), *options]) == 0
+    text = capsys.readouterr().out
+    assert "jacobi, tol 0.01" in text
+    lines = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
+    assert [int(line[0]) for line in lines] == [1, 0]
+    for _, sweeps, steps, residual in lines:
+        assert 1 <= float(sweeps) <= 3  # of 4 tokens, the first passes through
+        assert float(steps) == 0
+        assert 0 <= float(residual) <= 0.01
+
+
+@pytest.mark.parametrize("finished", [2, 0])
+def test_interrupted_sampling_keeps_the_finished_images(
+    trained, tmp_path, capsys, monkeypatch, finished
+):
+    stream, sheets = TarFlow.stream, []
+
+    def interrupted(*args, **options):
+        for i, batch in enumerate(stream(*args, **options)):
+            if i == finished:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(TarFlow, "stream", interrupted)
+    monkeypatch.setattr("flowops.api.data.save_grid", lambda *args: sheets.append(args))
+    out = tmp_path / "grid.png"
+    options = ["--n", "20", "--batch-size", "3", "--columns", "3", "--out", str(out)]
+    assert main(["sample", str(trained / "model.safetensors"), *options]) == 130
+    said = capsys.readouterr().err.strip()
+    where = f"written to {out}" if finished else "nothing written"
+    assert said == f"flowops: interrupted: {3 * finished} of 20 images were finished, {where}"
+    assert [(images.shape[0], *rest) for images, *rest in sheets] == [(6, out, 3)][:finished]
+
+
 def test_eval_reports_bits_and_accuracy(trained, capsys):
     model = str(trained / "model.safetensors")
     assert main(["eval", model, "--data", "digits", "--held-out", "50"]) == 0
@@ -156,10 +220,14 @@ def test_sample_errors_name_the_argument(trained, capsys):
         (["--label", "11"], "y: expected labels from 0 to 9, or -1 for none, got 11"),
         (["--n", "0"], "n: expected a positive number of images, got 0"),
         (["--columns", "0"], "columns: expected a positive number"),
+        (["--tol", "-1"], "tol: expected a finite number, at least 0, got -1.0"),
+        (["--window", "0"], "window: expected a positive number of tokens, got 0"),
+        (["--batch-size", "0"], "batch_size: expected a positive number of images, got 0"),
         (["--out", "/nowhere/grid.png"], "could not write /nowhere/grid.png"),
     ):
         assert main(["sample", model, *arguments]) == 1
-        assert message in capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_python_dash_m():
