@@ -264,8 +264,9 @@ def decode_block(
         backend: see ``flowops.dispatch``.
 
     Returns:
-        ``Decoded``. No gradients. On the CPU's own kernels the same bits for any number of threads,
-        any batch, and, for ``tol=0``, any method.
+        ``Decoded``. No gradients. On the CPU's own kernels the same bits for any number of threads
+        and, with ``"exact"``, ``tol=0`` or a given window of ``"jacobi"``, for any batch; with
+        ``tol=0`` also for any method.
 
     Raises:
         TypeError, ValueError: naming the argument that is off.

@@ -31,7 +31,7 @@ def in_batches(n: int, batch_size: int, draw: Callable[[int, int], Drawn]) -> It
             warnings.warn(
                 f"memory does not hold {last - first} images at a time ({type(error).__name__}): "
                 f"sampling {batch_size} at a time",
-                stacklevel=3,
+                stacklevel=2,
             )
             continue
         yield drawn
@@ -85,7 +85,7 @@ def fitting_batch(
         warnings.warn(
             f"{asked} images at a time need more than the {free / 2**30:.1f} GiB of memory that "
             f"are free: sampling {most} at a time",
-            stacklevel=4,
+            stacklevel=3,
         )
     return min(asked, most)
 
@@ -114,13 +114,20 @@ def free_memory(device: torch.device) -> int | None:
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":", 1) for line in file)
     free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    return free if limit is None or used is None else min(free, max(limit - used, 0))
+    limit = _read_cgroup("memory.max").get("")
+    if limit is None:
+        return free
+    # Pages of files count as used, but make room.
+    used = _read_cgroup("memory.current").get("", 0)
+    used -= _read_cgroup("memory.stat").get("inactive_file", 0)
+    return min(free, max(limit - used, 0))
 
 
-def _read_number(path: str) -> int | None:
+def _read_cgroup(name: str) -> dict[str, int]:
+    """The numbers of a file of this process's control group by the word before them."""
     try:
-        with open(path) as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return None
+        with open(f"/sys/fs/cgroup/{name}") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return {}
+    return {" ".join(words[:-1]): int(words[-1]) for words in lines if words[-1].isdigit()}

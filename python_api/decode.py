@@ -146,16 +146,21 @@ def _packed(block: nn.Module, device: torch.device, reverse: bool, heads: int) -
             "model: expected weights in one place, got sharded ones (DTensor); gather them before "
             "sampling"
         )
-    layout = (narrow, device, reverse, heads, os.environ.get("FLOWOPS_BACKEND"))
-    seen = fingerprint(tensors)
-    key = seen is not None and (seen, *((t.data_ptr(), _version(t)) for t in tensors))
+    eps = {
+        norm.eps for layer in block.attn_blocks for norm in (layer.attention.norm, layer.mlp.norm)
+    }
+    if len(eps) > 1:
+        raise ValueError(f"model: expected one eps for all norms of a block, got {sorted(eps)}")
+    layout = (narrow, device, reverse, heads, *eps, os.environ.get("FLOWOPS_BACKEND"))
+    seen = None if any(t.is_inference() for t in tensors) else fingerprint(tensors)
+    key = seen is not None and (seen, *((t.data_ptr(), t._version) for t in tensors))
     found_layout, found_key, found = _PACKED.get(block, (None, None, None))
     if found_layout == layout and key and key == found_key:
         return found
     weights = pack_block(
         *(w_in, b_in, positions(block, reverse), layers, w_out, b_out),
         heads=heads,
-        eps=block.attn_blocks[0].attention.norm.eps,
+        eps=eps.pop(),
         dtype=narrow,
     )
     if found_layout == layout and device.type == "cuda":
@@ -163,10 +168,6 @@ def _packed(block: nn.Module, device: torch.device, reverse: bool, heads: int) -
         weights = found
     _PACKED[block] = layout, key, weights
     return weights
-
-
-def _version(t: Tensor) -> int | None:
-    return None if t.is_inference() else t._version
 
 
 def _layer(layer: nn.Module) -> LayerWeights:

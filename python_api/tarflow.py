@@ -231,6 +231,8 @@ class TarFlow(Sampling, nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             x, y = x.detach().clone().requires_grad_(), None if y is None else y.clone()
             z, logdets = patchify(x, self.patch_size).contiguous(), 0
+            if not torch.is_autocast_enabled(x.device.type):
+                z = z.to(self.blocks[0].proj_in.weight.dtype)  # samples of a bf16 model are fp32
             for block in self.blocks:
                 frozen = {name: p.detach() for name, p in block.named_parameters()}
                 z, logdet = checkpoint(

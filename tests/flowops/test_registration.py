@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flowops
 from flowops import dispatch
 from helpers import CASES, assert_close
+from plain_decoder import random_problem
 
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BACKENDS = ("reference", "cpu", *["triton"] * (importlib.util.find_spec("triton") is not None))
@@ -145,7 +146,7 @@ def test_autocast_gives_the_promised_dtypes(case):
         torch.testing.assert_close(b.float(), a, atol=tolerance, rtol=tolerance)
 
 
-def registered_examples():
+def registered_examples(backend):
     rng, g = torch.tensor([1, 2]), torch.randn
     q, k = g(2, 3, 2, 16), g(2, 5, 2, 16)
     x, p = g(2, 3, 4), g(2, 3, 8)
@@ -157,6 +158,8 @@ def registered_examples():
     _, _, o3, lse3 = torch.ops.flowops.causal_patch_attention(
         q3, q3, q3, weight, bias, x, False, 0.25, "auto"
     )
+    block = random_problem(2, 5, 3, guided=True, reverse=True)
+    packed = block.decoder.to(torch.float32).packed(backend=backend)
     return {
         "affine_update": (x, p, True, "auto"),
         "affine_update_backward": (g(2, 3, 4), g(2), x, p, True, "auto"),
@@ -168,6 +171,11 @@ def registered_examples():
         "causal_patch_attention_backward": (
             *(g(2, 3, 4), g(2), q3, q3, q3, weight, bias, x, o3, lse3),
             *(False, 0.25, "auto"),
+        ),
+        "decode_block": (
+            *(block.z.float(), list(packed.tensors), block.embed.float(), block.guide.float()),
+            *(packed.heads, packed.eps, 0.7, True, packed.outputs, packed.panels),
+            *(1e-3, 3, 1.5, "auto"),
         ),
         "noise": (rng, 5, 7, "normal", "auto"),
         "pad_noise": (xs, rng, 2, torch.tensor(2.0), torch.tensor(0.1), "auto"),
@@ -185,7 +193,7 @@ def registered_examples():
 @pytest.mark.parametrize("op", dispatch.ops())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(op, backend):
-    args = registered_examples()[op]
+    args = registered_examples(backend)[op]
     usable, reason = dispatch.can_run(op, backend, *args[:-1])
     if not usable:
         pytest.skip(reason)

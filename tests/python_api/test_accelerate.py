@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from plain_tarflow import Model, small
 from safetensors import safe_open
 from torch import nn
 
 from flowops.api import TarFlow
 from flowops.api.accelerate import accelerate, restore
+from plain_tarflow import Model, small
 
 # Under torch.compile the guards of torch look at .grad of whatever a graph reads.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

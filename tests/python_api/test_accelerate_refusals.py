@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from plain_tarflow import Block, Model, small
 from torch import nn
 from torch.nn import functional as F
 
 from flowops.api.accelerate import accelerate, restore
+from plain_tarflow import Block, Model, small
 
 
 def set_at(path, value):

@@ -20,6 +20,12 @@ SAMPLES = {
     "temp": {"guidance": 0.5, "attn_temp": 0.6},
 }
 
+#: All of them are to give the exact result.
+SOLVERS = [
+    {"method": "exact"},
+    *({"method": m, "window": n, "tol": 0.0} for m in ("jacobi", "auto") for n in (1, 3, 16)),
+]
+
 
 @pytest.fixture(scope="module")
 def golden():
@@ -82,13 +88,14 @@ def test_golden_loss_and_gradients(golden, golden_model):
     assert checked == 4
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: "-".join(map(str, solver.values())))
 @pytest.mark.parametrize("kind", SAMPLES)
-def test_golden_samples(golden, golden_model, kind):
+def test_golden_samples(golden, golden_model, kind, solver):
     _, g = golden
     arguments = dict(SAMPLES[kind])
     y = g["in.y"] if arguments.pop("y", None) else None
     noise = g["in.noise"].clone()
-    images = golden_model.reverse(noise, y, **arguments)
+    images = golden_model.reverse(noise, y, **arguments, **solver)
     assert relative(images, g[f"out.sample.{kind}"]) < 1e-4
     assert torch.equal(noise, g["in.noise"])
 
