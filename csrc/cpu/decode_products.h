@@ -128,12 +128,8 @@ inline Lane decay(Lane x) {
     const Lane shifted = c * 1.44269504f + magic, n = shifted - magic;
     Lane r = c - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    Lane p = r * 1.38131587e-3f + 8.36942345e-3f;
-    p = p * r + 4.16684560e-2f;
-    p = p * r + 1.66665152e-1f;
-    p = p * r + 4.99999940e-1f;
-    p = p * r * r + r + 1.f;
-    return p * __builtin_bit_cast(Lane, __builtin_bit_cast(I, shifted) << 23);
+    return exponential_near_zero<lanes>(r) *
+           __builtin_bit_cast(Lane, __builtin_bit_cast(I, shifted) << 23);
 }
 
 // x Phi(x) = x - x Q(x), Q(t) = 1 - Phi(t) = exp(p(t)) for t = |x| <= 6 and 0 beyond, where x Q is

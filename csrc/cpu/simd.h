@@ -102,9 +102,19 @@ inline void for_spans(int64_t C, Body body) {
     for (; c < C; ++c) body(c, Length<1>());
 }
 
+// e^r for |r| <= ln(2) / 2, relative error 3e-9.
+template <int N>
+inline vec<float, N> exponential_near_zero(vec<float, N> r) {
+    vec<float, N> p = r * 1.38131587e-3f + 8.36942345e-3f;
+    p = p * r + 4.16684560e-2f;
+    p = p * r + 1.66665152e-1f;
+    p = p * r + 4.99999940e-1f;
+    return p * r * r + r + 1.f;
+}
+
 // exp(x) = 2^n e^r with n = round(x / ln 2), split as 2^n1 * 2^n2 so that results near the ends of
 // the range overflow to infinity and underflow through the subnormals exactly as they should.
-// Relative error of the polynomial 3e-9. The clamps are written so that NaN passes through.
+// The clamps are written so that NaN passes through.
 template <int N>
 inline vec<float, N> exponential(vec<float, N> x) {
     using V = vec<float, N>;
@@ -116,11 +126,7 @@ inline vec<float, N> exponential(vec<float, N> x) {
     const V n = (c * 1.44269504f + magic) - magic;
     V r = c - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    V p = r * 1.38131587e-3f + 8.36942345e-3f;
-    p = p * r + 4.16684560e-2f;
-    p = p * r + 1.66665152e-1f;
-    p = p * r + 4.99999940e-1f;
-    p = p * r * r + r + 1.f;
+    const V p = exponential_near_zero<N>(r);
     const V n1 = (n * 0.5f + magic) - magic;
     const I bias = I{} + (__builtin_bit_cast(int32_t, magic) - 127);
     const I k1 = (__builtin_bit_cast(I, n1 + magic) - bias) << 23;

@@ -1,16 +1,14 @@
 """A TarFlow in the published attribute names, as it was and accelerated."""
 
 import copy
-import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import nn
 
+import golden_tarflow
 from flowops.api import TarFlow
 from flowops.api.accelerate import accelerate, restore
 from plain_tarflow import Model, small
@@ -18,29 +16,16 @@ from plain_tarflow import Model, small
 # Under torch.compile the guards of torch look at .grad of whatever a graph reads.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tarflow_small.safetensors"
-SAMPLES = {
-    "plain": {"y": "y"},
-    "guided": {"y": "y", "guidance": 1.5},
-    "guide_a": {"y": "y", "guidance": 0.7, "guide_what": "a"},
-    "guide_b": {"y": "y", "guidance": 0.7, "guide_what": "b"},
-    "annealed": {"y": "y", "guidance": 1.5, "annealed_guidance": True},
-    "temp": {"guidance": 0.5, "attn_temp": 0.6},
-}
-
 
 @pytest.fixture(scope="module")
 def golden():
-    with safe_open(GOLDEN, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["config"]), tensors
+    return golden_tarflow.load()
 
 
 @pytest.fixture
 def golden_model(golden):
-    config, tensors = golden
+    config, weights, _ = golden
     model = Model(**config)
-    weights = {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
     result = model.load_state_dict(weights, strict=False)
     assert result.missing_keys == ["blocks.0.attn_mask", "blocks.1.attn_mask"]
     return model
@@ -66,7 +51,7 @@ def relative(actual, expected):
 
 
 def test_golden_forward_and_gradients(golden, golden_model):
-    _, g = golden
+    *_, g = golden
     accelerate(golden_model)
     for suffix, y in (("", g["in.y"]), ("_dropped", g["in.y_dropped"]), ("_none", None)):
         z, _, logdets = golden_model(g["in.x"], y)
@@ -128,11 +113,11 @@ def test_autocast():
 # --- sampling ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", SAMPLES)
+@pytest.mark.parametrize("kind", golden_tarflow.SAMPLES)
 def test_golden_samples(golden, golden_model, kind):
-    _, g = golden
+    *_, g = golden
     accelerate(golden_model)
-    arguments = dict(SAMPLES[kind])
+    arguments = dict(golden_tarflow.SAMPLES[kind])
     y = g["in.y"] if arguments.pop("y", None) else None
     noise = g["in.noise"].clone()
     expected = g[f"out.sample.{kind}"]

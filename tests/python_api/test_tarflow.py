@@ -1,24 +1,9 @@
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 
+import golden_tarflow
 from flowops.api import TarFlow, gaussian_noise, patchify, uniform_dequantize, unpatchify
 from flowops.api.tarflow import TarFlowBlock
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "tarflow_small.safetensors"
-
-#: The arguments behind each kind of golden sample.
-SAMPLES = {
-    "plain": {"y": "y"},
-    "guided": {"y": "y", "guidance": 1.5},
-    "guide_a": {"y": "y", "guidance": 0.7, "guide_what": "a"},
-    "guide_b": {"y": "y", "guidance": 0.7, "guide_what": "b"},
-    "annealed": {"y": "y", "guidance": 1.5, "annealed_guidance": True},
-    "temp": {"guidance": 0.5, "attn_temp": 0.6},
-}
 
 #: All of them are to give the exact result.
 SOLVERS = [
@@ -29,16 +14,13 @@ SOLVERS = [
 
 @pytest.fixture(scope="module")
 def golden():
-    with safe_open(GOLDEN, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["config"]), tensors
+    return golden_tarflow.load()
 
 
 @pytest.fixture
 def golden_model(golden):
-    config, tensors = golden
+    config, weights, _ = golden
     model = TarFlow(**config)
-    weights = {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
     model.load_state_dict(weights)
     return model
 
@@ -58,7 +40,7 @@ def relative(actual, expected):
 
 
 def test_golden_forward(golden, golden_model):
-    _, g = golden
+    *_, g = golden
     for suffix, y in (("", g["in.y"]), ("_dropped", g["in.y_dropped"]), ("_none", None)):
         z, outputs, logdets = golden_model(g["in.x"], y)
         assert relative(z, g[f"out.z{suffix}"]) < 1e-5
@@ -71,7 +53,7 @@ def test_golden_forward(golden, golden_model):
 
 
 def test_golden_loss_and_gradients(golden, golden_model):
-    _, g = golden
+    *_, g = golden
     x = g["in.x"].clone().requires_grad_()
     z, _, logdets = golden_model(x, g["in.y"])
     loss = golden_model.loss(z, logdets)
@@ -89,10 +71,10 @@ def test_golden_loss_and_gradients(golden, golden_model):
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: "-".join(map(str, solver.values())))
-@pytest.mark.parametrize("kind", SAMPLES)
+@pytest.mark.parametrize("kind", golden_tarflow.SAMPLES)
 def test_golden_samples(golden, golden_model, kind, solver):
-    _, g = golden
-    arguments = dict(SAMPLES[kind])
+    *_, g = golden
+    arguments = dict(golden_tarflow.SAMPLES[kind])
     y = g["in.y"] if arguments.pop("y", None) else None
     noise = g["in.noise"].clone()
     images = golden_model.reverse(noise, y, **arguments, **solver)
@@ -101,7 +83,7 @@ def test_golden_samples(golden, golden_model, kind, solver):
 
 
 def test_reverse_returns_the_sequence_of_images(golden, golden_model):
-    _, g = golden
+    *_, g = golden
     sequence = golden_model.reverse(g["in.noise"], g["in.y"], return_sequence=True)
     assert len(sequence) == 3
     assert torch.equal(sequence[0], unpatchify(g["in.noise"], 2, 8))
