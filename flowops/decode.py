@@ -25,7 +25,7 @@ from .attention import triton_precision
 from .decode_weights import BlockWeights, PackedBlock, from_panels, panel_reason
 
 #: ``method="auto"`` looks at what this many wide sweeps have frozen (csrc/cpu/kernels.h).
-PROBE_SWEEPS = 4
+PROBE_SWEEPS = 8
 
 
 class Decoded(NamedTuple):
@@ -66,9 +66,12 @@ def decode_block_reference(
     transformer = _Transformer(packed, embed, B, T, heads, eps, temperature)
     window, decided = min(window, max(T - 1, 1)), break_even <= 0 or window == 1
     while (front < T - 1).any():
+        if not decided and counts[0] == PROBE_SWEEPS // 2:
+            noted = front.sum()
         if not decided and counts[0] == PROBE_SWEEPS:
-            decided = True
-            if front.sum() < break_even * PROBE_SWEEPS * B:
+            decided, frozen, due = True, front.sum(), break_even * B
+            # The first sweeps freeze little: a token takes a few to settle.
+            if frozen < due * PROBE_SWEEPS and frozen - noted < due * (PROBE_SWEEPS // 2):
                 window = 1
         at = front[:, None] + torch.arange(window, device=z.device)  # [B, window]
         inside = at <= T - 2
@@ -302,8 +305,10 @@ def check_solver(method: str, tol: float, window: int | None) -> None:
         raise ValueError(f"window: expected a positive number of tokens, got {window!r}")
 
 
-#: Arithmetic operations in the time of reading a byte, in the products of few rows.
-_OPERATIONS_PER_BYTE = {"cpu": 3.0, "cuda": 200.0}
+#: Arithmetic operations in the time of reading a byte, in products of few rows: of a GPU, of a CPU,
+#: and of a CPU whose caches hold the weights.
+_OPERATIONS_PER_BYTE = {"cuda": 200.0, "cpu": 4.0, "cached": 1.5}
+_CACHE = 8 << 20  # bytes
 
 
 def pass_cost(weights: BlockWeights, rows: int) -> tuple[float, float]:
@@ -313,9 +318,12 @@ def pass_cost(weights: BlockWeights, rows: int) -> tuple[float, float]:
     products = [packed.w_in, packed.qkv, packed.proj, packed.up, packed.down, packed.w_out]
     L, W = packed.proj_bias.shape
     cache = L * W * weights.tokens * packed.qkv.element_size()
-    read = sum(w.nbytes for w in products) + rows * cache
-    ratio = _OPERATIONS_PER_BYTE.get(packed.w_in.device.type, 200.0)
-    return read, rows * 2 * sum(w.numel() for w in products) / ratio
+    weights_read = sum(w.nbytes for w in products)
+    kind = "cpu" if packed.w_in.device.type == "cpu" else "cuda"
+    if kind == "cpu" and weights_read <= _CACHE:
+        kind = "cached"
+    token = 2 * sum(w.numel() for w in products) / _OPERATIONS_PER_BYTE[kind]
+    return weights_read + rows * cache, rows * token
 
 
 def default_window(weights: BlockWeights, rows: int) -> int:
@@ -339,8 +347,10 @@ def _plan(weights: BlockWeights, rows: int, method: str, window: int | None) -> 
     if method == "jacobi":
         return window, 0.0
     even = break_even(weights, rows, window)
-    # Tokens take more than three sweeps to settle: a window that needs more can't pay.
-    return (1, 0.0) if even > window / 3 else (window, even)
+    # Tokens take more than three sweeps to settle, so that a sweep freezes less than a third of its
+    # window; and where sweeps don't pay, trying them may cost a tenth of the block.
+    hopeless, risk = even > window / 3, PROBE_SWEEPS * (even - 1)
+    return (1, 0.0) if hopeless or risk > (weights.tokens - 1) / 10 else (window, even)
 
 
 def _check(z, weights: BlockWeights, embed: Tensor, guide: Tensor | None) -> int:

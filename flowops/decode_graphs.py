@@ -147,11 +147,8 @@ class _Station:
 
     def _until_done(self, replay: Callable[[], None], break_even: float) -> int:
         """Wide sweeps until no more are due. Returns how many single steps are."""
-        from .kernels.decode import PROBE_SWEEPS
-
         for i in itertools.count():
-            if break_even > 0 and i * _WIDE_SWEEPS == PROBE_SWEEPS:
-                self.work.decide(break_even)
+            self.work.probe(i * _WIDE_SWEEPS, break_even)
             replay()
             self.left[i % 2].copy_(self.work.remaining(), non_blocking=True)
             self.sent[i % 2].record()

@@ -30,7 +30,7 @@ from .launch import TABLE, row, start
 from .numerics import exponential
 
 #: ``break_even`` is compared with what this many wide sweeps have frozen.
-PROBE_SWEEPS = 4
+PROBE_SWEEPS = 8
 
 _CHANNELS = 64  # of a program that makes parameters
 
@@ -204,7 +204,7 @@ class Workspace:
         self.z, self.x, self.new = empty(B, T, C), empty(B, T, C), empty(B, window, C)
         self.embed, self.guide, self.residual = empty(R, W), empty(T, 2), empty(B)
         #: Fronts of wide sweeps and of single steps, then how many each image has seen.
-        self.state = empty(4, B, dtype=torch.int32)
+        self.state, self.noted = empty(4, B, dtype=torch.int32), empty(dtype=torch.int64)
         self.h, self.hidden = empty(rows, W), empty(rows, s.E, dtype=dtype)
         self.q, self.row = empty(rows, W, dtype=dtype), empty(rows, W, dtype=dtype)
         self.parts, self.lse = empty(parts, W), empty(parts, s.heads)
@@ -227,10 +227,18 @@ class Workspace:
         """Most tokens that an image still needs: of wide sweeps, and of single steps. int32 [2]"""
         return self.sizes.T - 1 - self.state[:2].amin(1)
 
-    def decide(self, break_even: float) -> None:
-        """Goes on with single steps if the wide sweeps so far froze too few tokens."""
+    def probe(self, sweeps: int, break_even: float) -> None:
+        """To be called after so many wide sweeps: half-way through the probe notes what they have
+        frozen, at its end goes on with single steps if that, and what came since, are too few."""
+        if break_even <= 0 or sweeps not in (PROBE_SWEEPS // 2, PROBE_SWEEPS):
+            return
         wide, single = self.state[0], self.state[1]
-        few = wide.sum() < break_even * PROBE_SWEEPS * self.sizes.B
+        frozen, due = wide.sum(), break_even * self.sizes.B
+        if sweeps < PROBE_SWEEPS:
+            self.noted.copy_(frozen)
+            return
+        few = frozen < due * PROBE_SWEEPS
+        few &= frozen - self.noted < due * (PROBE_SWEEPS // 2)
         single.copy_(torch.where(few, wide, single))
         wide.masked_fill_(few, self.sizes.T - 1)
 
@@ -359,8 +367,7 @@ def decode_block(
     ask = not (z.is_cuda and torch.cuda.is_current_stream_capturing())
     if window > 1:
         for i in range(most):
-            if i == PROBE_SWEEPS and break_even > 0:
-                work.decide(break_even)
+            work.probe(i, break_even)
             if ask and not work.remaining()[0]:
                 break
             sweep(work, weights, settings, window)

@@ -94,22 +94,25 @@ public:
     }
 
     void run(int64_t *sweeps) {
-        int64_t window = a.window, wide = 0, single = 0;
+        int64_t window = a.window, wide = 0, single = 0, noted = 0, meetings = 0;
         for (int64_t i = first_image + member; i < last_image; i += members) start(i);
         barrier.wait(members);
-        bool decided = a.break_even <= 0 || window == 1;
+        const bool deciding = a.break_even > 0 && window > 1;
         list_rows(window);
         while (count > 0) {
-            if (!decided && wide == probe_sweeps) {
-                decided = true;
-                if (!worthwhile()) window = 1;
+            if (deciding && meetings < 2 && wide == (meetings + 1) * probe_sweeps / 2) {
+                const int64_t frozen = count_frozen();
+                if (++meetings == 1)
+                    noted = frozen;
+                else if (!worthwhile(frozen, noted))
+                    window = 1;
                 list_rows(window);
             }
             sweep(window);
             (window == 1 ? single : wide) += 1;
             list_rows(window);
         }
-        if (!decided) worthwhile();  // other teams wait for this one's fronts
+        for (; deciding && meetings < 2; ++meetings) count_frozen();  // other teams wait for it
         if (member == 0) {
             sweeps[2 * team] = wide;
             sweeps[2 * team + 1] = single;
@@ -153,13 +156,21 @@ private:
                     rows[count++] = {int32_t(half * a.B + image), int32_t(front[image] + t)};
     }
 
-    // Whether wide sweeps have frozen enough tokens each to go on with them.
-    bool worthwhile() {
+    // Tokens that the sweeps so far have frozen, of all images of all teams.
+    int64_t count_frozen() {
         everyone.wait(all);
         int64_t frozen = 0;
         for (int64_t image = 0; image < a.B; ++image) frozen += front[image];
         everyone.wait(all);
-        return double(frozen) >= a.break_even * double(probe_sweeps) * double(a.B);
+        return frozen;
+    }
+
+    // Whether sweeps freeze enough to go on with them, all of the probe or its second half: the
+    // first ones freeze little, since a token takes a few to settle.
+    bool worthwhile(int64_t frozen, int64_t noted) const {
+        const double due = a.break_even * double(a.B);
+        return double(frozen) >= due * double(probe_sweeps) ||
+               double(frozen - noted) >= due * double(probe_sweeps / 2);
     }
 
     void sweep(int64_t window) {

@@ -160,7 +160,7 @@ struct DecodeArgs {
     void *workspace;  // decode_workspace floats, aligned to 64 bytes
 };
 
-constexpr int64_t decode_probe_sweeps = 4;
+constexpr int64_t decode_probe_sweeps = 8;
 constexpr int64_t decode_own_rows = 64;
 
 inline int64_t decode_padded(int64_t n) { return (n + 15) / 16 * 16; }

@@ -172,7 +172,7 @@ def test_a_sweep_makes_at_least_one_token_final(engine):
 @by_engine
 @pytest.mark.parametrize("tol", [0.0, 1e-2])
 def test_auto_goes_on_with_sweeps_where_they_pay(engine, tol):
-    problem = random_problem(4, 17, 5)
+    problem = random_problem(4, 25, 5)
     with running(engine) as backend:
         always = run_op(problem, backend, tol=tol, window=4)
         auto = run_op(problem, backend, tol=tol, window=4, break_even=0.01)
@@ -184,13 +184,13 @@ def test_auto_goes_on_with_sweeps_where_they_pay(engine, tol):
 @by_engine
 @pytest.mark.parametrize("tol", [0.0, 1e-2])
 def test_auto_goes_on_with_single_steps_where_sweeps_do_not_pay(engine, tol):
-    problem = random_problem(4, 17, 5)
+    problem = random_problem(4, 25, 5)
     with running(engine) as backend:
         exact = run_op(problem, backend)
         auto = run_op(problem, backend, tol=tol, window=4, break_even=1e9)
     wide, single = auto[2].tolist()
     assert wide == PROBE_SWEEPS
-    assert 0 < single <= 16 - PROBE_SWEEPS
+    assert 0 < single <= 24 - PROBE_SWEEPS
     assert (auto[1] <= tol).all()
     if tol == 0 and engine != "reference":
         assert torch.equal(auto[0], exact[0])
@@ -200,7 +200,7 @@ def test_auto_goes_on_with_single_steps_where_sweeps_do_not_pay(engine, tol):
 
 @by_isa
 def test_auto_decides_by_the_mean_of_all_images_with_any_threads(engine):
-    problem = random_problem(5, 17, 5)
+    problem = random_problem(5, 49, 5)
     problem.z[:2, 1:] *= 0.01  # which settle sooner
     problem.z[:2, 0] = 0
     decisions = []

@@ -143,8 +143,8 @@ def test_residual_of_jacobi(B, T, window, tol):
 
 
 @pytest.mark.parametrize(("even", "single"), [(0.5, False), (1.5, True)])
-def test_auto_decides_after_four_sweeps(even, single):
-    given = inputs(1, 9, 2)
+def test_auto_decides_after_its_probe(even, single):
+    given = inputs(1, 17, 2)
     counts = check(given, "auto", window=2, tol=1e-6, even=even)[2]
     assert (counts[0] == PROBE_SWEEPS) == single
     assert (counts[1] > 0) == single
