@@ -192,11 +192,15 @@ def sampling_specs(
     for case in solved:
         trained = model if case.config == MNIST else None
         weights = "random weights" if trained is None else "trained"
-        name = case.name if trained is None else trained.parent.name
+        name = case.name if trained is None else _layers(trained_model(trained, "cpu"))
         for method in ("jacobi", "auto"):
             build = partial(jacobi_job, device, case, method, trained)
             job, shape = f"{method}, tol {TOL:g}", f"{name}, {weights}, B={case.B}"
             yield Spec("sampling", job, shape, case.precision, build)
+
+
+def _layers(model: TarFlow) -> str:
+    return f"{model.config['num_blocks']}x{model.config['layers_per_block']} layers"
 
 
 def exact_job(device: str, case: Case, upstream: Path | None = None) -> Job:

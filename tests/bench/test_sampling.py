@@ -1,7 +1,6 @@
 import json
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -202,22 +201,22 @@ def test_jacobi_is_held_against_eager_and_exact(saved, method):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_rows_say_whose_weights_they_use(device):
+def test_rows_say_whose_weights_they_use(device, saved):
     random = [s for s in sampling.sampling_specs(device) if "tol" in s.job]
-    given = Path("runs/demo/model.safetensors")
-    trained = [s for s in sampling.sampling_specs(device, model=given) if "tol" in s.job]
+    trained = [s for s in sampling.sampling_specs(device, model=saved) if "tol" in s.job]
     assert {s.job for s in random} == {"jacobi, tol 0.001", "auto, tol 0.001"}
     assert all("random weights" in s.shape for s in random)
-    assert [s.shape for s in trained if s.shape.startswith("demo")] == [
-        *["demo, trained, B=1"] * 2,
-        *["demo, trained, B=32"] * 2,
+    layers = f"{SMALL[4]}x{SMALL[5]} layers"
+    assert [s.shape for s in trained if ", trained" in s.shape] == [
+        *[f"{layers}, trained, B=1"] * 2,
+        *[f"{layers}, trained, B=32"] * 2,
     ]
 
 
 def test_the_command_takes_a_trained_model(saved, tmp_path, capsys):
     args = run.parse(["sampling", "--device", "cpu", "--model", str(saved)])
     jobs = run.specs(args.ops, args.device, upstream=args.upstream, model=args.model)
-    assert any(job.shape == "tiny, trained, B=1" for job in jobs)
+    assert any(job.shape == f"{SMALL[4]}x{SMALL[5]} layers, trained, B=1" for job in jobs)
     assert cli.main(["bench", "--model", "nowhere/model.safetensors"]) == 1
     assert "no such file: nowhere/model.safetensors" in capsys.readouterr().err
     shifts = tmp_path / "shifts.safetensors"
