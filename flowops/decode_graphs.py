@@ -113,7 +113,8 @@ class _Station:
         from .kernels.decode import Workspace
 
         self.lock = threading.Lock()
-        self.work = Workspace(sizes, device)
+        with torch.inference_mode(False):  # for later calls, in any mode
+            self.work = Workspace(sizes, device)
         self.nbytes = sum(t.nbytes for t in self.work.tensors())
         self.free, *self.sent = (torch.cuda.Event() for _ in range(3))
         pinned = device.type == "cuda"

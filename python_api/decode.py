@@ -157,15 +157,16 @@ def _packed(block: nn.Module, device: torch.device, reverse: bool, heads: int) -
     found_layout, found_key, found = _PACKED.get(block, (None, None, None))
     if found_layout == layout and key and key == found_key:
         return found
-    weights = pack_block(
-        *(w_in, b_in, positions(block, reverse), layers, w_out, b_out),
-        heads=heads,
-        eps=eps.pop(),
-        dtype=narrow,
-    )
-    if found_layout == layout and device.type == "cuda":
-        torch._foreach_copy_(found.tensors, weights.tensors)  # where CUDA graphs look for them
-        weights = found
+    with torch.inference_mode(False), torch.no_grad():  # for later calls, in any mode
+        weights = pack_block(
+            *(w_in, b_in, positions(block, reverse), layers, w_out, b_out),
+            heads=heads,
+            eps=eps.pop(),
+            dtype=narrow,
+        )
+        if found_layout == layout and device.type == "cuda":
+            torch._foreach_copy_(found.tensors, weights.tensors)  # where CUDA graphs find them
+            weights = found
     _PACKED[block] = layout, key, weights
     return weights
 

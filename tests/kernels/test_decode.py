@@ -352,6 +352,16 @@ def test_blocks_of_equal_sizes_share_a_workspace(stations):
 
 
 @pytest.mark.usefixtures("_empty_graphs")
+def test_a_workspace_made_in_inference_mode_serves_outside_of_it(stations):
+    given = placed(inputs(1, 2, 1))
+    with torch.inference_mode():
+        through_graphs(given)
+    through_graphs(given)
+    ((station,),) = (kept.values() for kept in stations.values())
+    assert not any(tensor.is_inference() for tensor in station.work.tensors())
+
+
+@pytest.mark.usefixtures("_empty_graphs")
 def test_the_least_recently_used_workspace_is_dropped(stations, monkeypatch):
     small, other, large = (placed(inputs(B, 2, 1)) for B in (1, 2, 3))
     for given in (small, other, small):

@@ -230,3 +230,11 @@ def test_norms_of_one_block_have_one_eps(model):
     model.blocks[1].attn_blocks[0].mlp.norm.eps = 1e-3
     with pytest.raises(ValueError, match="one eps for all norms of a block"):
         model.reverse(NOISE)
+
+
+def test_weights_packed_in_inference_mode_serve_outside_of_it(model):
+    with torch.inference_mode():
+        before = model.reverse(NOISE)
+    assert torch.equal(model.reverse(NOISE), before)
+    packed = (weights for *_, weights in decode._PACKED.values())
+    assert not any(t.is_inference() for weights in packed for t in weights.tensors)
