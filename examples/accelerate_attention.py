@@ -107,7 +107,7 @@ def main(options: Options) -> None:
     axis = figure.subplots()
     axis.plot(series[0, 1:], label="series")
     axis.plot(forecast[0], label="forecast from all values before")
-    axis.legend(loc="lower left")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / "accelerate_attention.png", dpi=120)
     print(options.out / "accelerate_attention.png")

@@ -6,6 +6,8 @@ checkpoints load unchanged.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from flowops import noise_normal, noise_uniform
 from flowops.noise import Rng
 
 from .decode import forget_weights
-from .patches import patchify
+from .patches import patchify, unpatchify
 from .sampling import Sampling
 from .transformer import TarFlowBlock
 
@@ -228,23 +230,38 @@ class TarFlow(Sampling, nn.Module):
         self._check_images(x)
         self._check_labels(y, x.shape[0])
         # Tensors of inference mode can't take part in a graph; copies made outside of it can.
-        with torch.inference_mode(False), torch.enable_grad():
-            x, y = x.detach().clone().requires_grad_(), None if y is None else y.clone()
-            z, logdets = patchify(x, self.patch_size).contiguous(), 0
-            if not torch.is_autocast_enabled(x.device.type):
-                z = z.to(self.blocks[0].proj_in.weight.dtype)  # samples of a bf16 model are fp32
-            for block in self.blocks:
-                frozen = {name: p.detach() for name, p in block.named_parameters()}
-                z, logdet = checkpoint(
-                    functional_call,
-                    *(block, frozen, (z, y)),
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-                logdets = logdets + logdet
-            logdets = logdets / (self.num_patches * self.patch_channels)
-            (score,) = torch.autograd.grad(self._log_prob(z, logdets).sum(), x)
-        return (x + noise_std**2 * score).detach()
+        with torch.inference_mode(False), torch.no_grad():
+            x, y = x.detach().clone(), None if y is None else y.clone()
+            score = self._score(x, y)
+        return x + noise_std**2 * score
+
+    def _score(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """``grad_x log p(x | y)``, one block after the other: a block's forward pass is computed
+        again when its turn comes. (``torch.utils.checkpoint`` would import the compiler.)"""
+        tokens, inputs, logdets = patchify(x, self.patch_size).contiguous(), [], 0
+        if not torch.is_autocast_enabled(x.device.type):
+            tokens = tokens.to(self.blocks[0].proj_in.weight.dtype)  # samples of bf16 are fp32
+        size = self.num_patches * self.patch_channels
+        for block in self.blocks:
+            inputs.append(tokens)
+            tokens, logdet = block(tokens, y)
+            logdets = logdets + logdet / size
+
+        @torch.enable_grad()
+        def gradients(of: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+            inputs = [t.detach().requires_grad_() for t in inputs]
+            # Counters of operations hook what goes into a module, and can't hook a leaf.
+            return torch.autograd.grad(of(*(t.view_as(t) for t in inputs)), inputs)
+
+        def weighted(block: TarFlowBlock, z: Tensor) -> Tensor:
+            frozen = {name: p.detach() for name, p in block.named_parameters()}
+            z, logdet = functional_call(block, frozen, (z, y))
+            return (z * grad).sum() + (logdet * grad_logdets).sum() / size
+
+        grad, grad_logdets = gradients(lambda *t: self._log_prob(*t).sum(), tokens, logdets)
+        for block, tokens in zip(reversed(self.blocks), reversed(inputs), strict=True):
+            (grad,) = gradients(partial(weighted, block), tokens)
+        return unpatchify(grad, self.patch_size, self.img_size)
 
     def train(self, mode: bool = True) -> "TarFlow":
         """As ``nn.Module.train``; also drops what was prepared for sampling, which a write through
