@@ -189,10 +189,11 @@ def sampling_specs(
         job = "exact, guided" if case.guidance else "exact"
         build = partial(exact_job, device, case, upstream)
         yield Spec("sampling", job, f"{case.name}, B={case.B}", case.precision, build)
+    layers = None if model is None else _layers(trained_model(model, "cpu"))
     for case in solved:
         trained = model if case.config == MNIST else None
         weights = "random weights" if trained is None else "trained"
-        name = case.name if trained is None else _layers(trained_model(trained, "cpu"))
+        name = case.name if trained is None else layers
         for method in ("jacobi", "auto"):
             build = partial(jacobi_job, device, case, method, trained)
             job, shape = f"{method}, tol {TOL:g}", f"{name}, {weights}, B={case.B}"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import dispatch
 
@@ -235,10 +236,4 @@ def from_panels(packed: PackedBlock, heads: int, outputs: int) -> PackedBlock:
 
 def _fill(t: Tensor, dim: int) -> Tensor:
     missing = -t.shape[dim] % _PANEL
-    return torch.cat([t, t.new_zeros(_resized(t.shape, dim, missing))], dim) if missing else t
-
-
-def _resized(shape: torch.Size, dim: int, size: int) -> list[int]:
-    shape = list(shape)
-    shape[dim] = size
-    return shape
+    return F.pad(t, (0, 0) * (-1 - dim) + (0, missing)) if missing else t
