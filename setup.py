@@ -81,11 +81,15 @@ def _first_error(log: str) -> str:
 
 
 setup(
-    packages=["flowops", "flowops.api", "flowops.bench", "flowops.bench.papers", "flowops.kernels"],
+    packages=[
+        *("flowops", "flowops.api", "flowops.bench", "flowops.bench.papers"),
+        *("flowops.cuda", "flowops.kernels"),
+    ],
     package_dir={
         "flowops": "flowops",
         "flowops.api": "python_api",
         "flowops.bench": "bench",
+        "flowops.cuda": "csrc/cuda",
         "flowops.kernels": "kernels",
     },
     ext_modules=[Extension("flowops._C", sources=[])],

@@ -4,7 +4,8 @@ An op is a name with up to four implementations. ``backend="auto"`` takes the fi
 ``cuda, triton, cpu, reference`` that can run on the given tensors; ``reference`` always can. A
 backend asked for by name, in the call or through the environment variable ``FLOWOPS_BACKEND``
 (which speaks for every call that names none), runs or raises. Triton's interpreter
-(``TRITON_INTERPRET=1``) runs the triton kernels on CPU tensors, by name only.
+(``TRITON_INTERPRET=1``) runs the triton kernels on CPU tensors, and the emulator of the tests
+(``FLOWOPS_CUDA_EMULATOR``) the cuda ones, by name only.
 """
 
 import ctypes
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+
+from . import cuda_runtime
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -146,7 +149,12 @@ def backend_state(backend: str) -> tuple[bool, str]:
             True,
             f"{module.isa()} of {', '.join(module.isas())}; {torch.get_num_threads()} threads",
         )
-    return _gpu_state(backend, interpreting())
+    return _gpu_state(backend, _on_cpu(backend))
+
+
+def _on_cpu(backend: str) -> bool:
+    """Whether the kernels of ``triton`` or ``cuda`` run on CPU tensors, and on no others."""
+    return interpreting() if backend == "triton" else cuda_runtime.emulating()
 
 
 def interpreting() -> bool:
@@ -155,21 +163,25 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _gpu_state(backend: str, interpreted: bool) -> tuple[bool, str]:
+def _gpu_state(backend: str, on_cpu: bool) -> tuple[bool, str]:
+    if backend == "cuda" and on_cpu:
+        return True, f"the emulator in {os.environ[cuda_runtime.EMULATOR]}"
     package = "triton" if backend == "triton" else "cupy"
     if importlib.util.find_spec(package) is None:
         return False, f"the package {package} is not installed"
     if backend == "triton":
         import triton
 
-        if interpreted:
+        if on_cpu:
             return True, f"the interpreter of Triton {triton.__version__} (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return False, "no CUDA device is visible to PyTorch"
-    if backend == "cuda":
-        return False, "no op has a cuda kernel in this version"
+    if backend == "cuda" and torch.version.hip:
+        return False, "this PyTorch is for ROCm"
     if not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
         return False, f"{torch.cuda.get_device_name()} has no compute capability 8.0"
+    if backend == "cuda":
+        return True, f"{cuda_runtime.origin()} on {torch.cuda.get_device_name()}"
     return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"
 
 
@@ -284,7 +296,7 @@ def _reason(
         module, reason = _load_native()
         usable = module is not None
     else:
-        needed = "cpu" if backend == "triton" and interpreting() else "cuda"
+        needed = "cpu" if _on_cpu(backend) else "cuda"
         usable, reason = backend_state(backend)
     if device_type not in (needed, None):
         return f"its tensors are on {args[0].device}"

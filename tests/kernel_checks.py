@@ -1,19 +1,30 @@
-"""What the tests of the Triton kernels share.
+"""What the tests of the GPU kernels share.
 
-Without a GPU they run in Triton's interpreter, on CPU tensors; with one, the same tests run on it.
+Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in the emulator of
+tests/emulator, on CPU tensors; with one, the same tests run on it.
 """
 
 import pytest
 import torch
 
+from flowops import dispatch
 from helpers import assert_close, poison
-
-pytest.importorskip("triton")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
-#: What the kernels are tested in. The interpreter computes bfloat16 wrongly.
+#: The backends that can run here; ``parametrize("backend", BACKENDS)``.
+BACKENDS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            not dispatch.backend_state(name)[0], reason=str(dispatch.backend_state(name)[1])
+        ),
+    )
+    for name in ("triton", "cuda")
+]
+
+#: What both are tested in. The interpreter computes bfloat16 wrongly; the emulator does not.
 DTYPES = [torch.float32, torch.float64, torch.float16, *[torch.bfloat16] * ON_GPU]
 
 #: The interpreter takes some 20 ms a launch, a GPU a second to compile one that is new.

@@ -1,0 +1,1 @@
+"""CUDA C++ device code: what ``flowops.cuda_runtime`` compiles and launches."""

@@ -1,0 +1,382 @@
+"""Compiles, loads and launches the CUDA C++ of ``csrc/cuda`` (the package ``flowops.cuda``).
+
+A source becomes a binary in one of two ways: it is in the fat binary that the installation made
+where there was nvcc, or NVRTC compiles it at first use for the GPU at hand, and it is kept on disk.
+CuPy brings NVRTC and the driver's functions; streams and memory are torch's.
+
+Nothing is compiled or loaded while a CUDA graph is captured: ``warmup()`` does that before. What
+fails is not tried again, and fails with the same words.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import struct
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ._version import __version__
+
+#: How kernels name storage types.
+TAGS = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+}
+
+#: The options of nvcc (CMakeLists.txt) and NVRTC alike.
+OPTIONS = ("--std=c++17",)
+
+#: Environment variable: where binaries that NVRTC made are kept.
+CACHE = "FLOWOPS_CACHE"
+#: Environment variable: a directory with csrc/cuda compiled for the CPU (tests/emulator). Kernels
+#: then run there, on CPU tensors.
+EMULATOR = "FLOWOPS_CUDA_EMULATOR"
+#: Order in which the emulator runs threads; 0 is one after the other.
+emulator_seed = 1
+
+_EMULATED_PROCESSORS = 2
+_MOST_WITHOUT_ASKING = 48 << 10  # bytes of shared memory
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+_lock = threading.RLock()
+_modules: dict[tuple[str, int], object] = {}
+_functions: dict[tuple[str, int], list] = {}  # (kernel, device) -> [function, shared bytes allowed]
+_failures: dict[tuple[str, int], str] = {}
+
+
+# --- sources -------------------------------------------------------------------------------------
+
+
+def directory() -> Path:
+    """Where the sources are, and the fat binaries if there are any."""
+    return Path(importlib.util.find_spec("flowops.cuda").submodule_search_locations[0])
+
+
+@functools.cache
+def sources() -> dict[str, str]:
+    """The text of every file of ``csrc/cuda`` that is compiled, by its name."""
+    files = sorted([*directory().glob("*.cu"), *directory().glob("*.cuh")])
+    return {file.name: file.read_text() for file in files}
+
+
+def names() -> list[str]:
+    """What ``launch`` calls ``source``."""
+    return [name.removesuffix(".cu") for name in sources() if name.endswith(".cu")]
+
+
+def digest() -> str:
+    """Of all sources; what the installation writes beside a fat binary (``setup.py`` alike)."""
+    whole = hashlib.sha256()
+    for name, text in sources().items():
+        whole.update(f"{name}\0{text}\0".encode())
+    return whole.hexdigest()
+
+
+# --- compiling -----------------------------------------------------------------------------------
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What to compile for. Hopper's own instructions are in sm_90a alone."""
+    return "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
+
+
+def compile_source(source: str, arch: str) -> bytes:
+    """The machine code of ``<source>.cu`` for ``arch``, from the cache or by NVRTC.
+
+    Raises:
+        RuntimeError: with the compiler's log.
+    """
+    nvrtc = _nvrtc()
+    options = (*OPTIONS, f"--gpu-architecture={arch}")
+    text = sources()[f"{source}.cu"]
+    headers = {name: t for name, t in sources().items() if name.endswith(".cuh")}
+    key = hashlib.sha256(
+        json.dumps([__version__, nvrtc.getVersion(), options, text, headers]).encode()
+    ).hexdigest()
+    kept = _read(key)
+    if kept is not None:
+        return kept
+    program = nvrtc.createProgram(
+        *(text, f"{source}.cu"),
+        *(tuple(t.encode() for t in headers.values()), tuple(name.encode() for name in headers)),
+    )
+    try:
+        nvrtc.compileProgram(program, options)
+        binary = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        version = ".".join(map(str, nvrtc.getVersion()))
+        raise RuntimeError(
+            f"compiling csrc/cuda/{source}.cu for {arch} with NVRTC {version}: {error}\n"
+            f"{nvrtc.getProgramLog(program).strip()}"
+        ) from None
+    finally:
+        nvrtc.destroyProgram(program)
+    _keep(key, binary)
+    return binary
+
+
+def _nvrtc():
+    from cupy.cuda import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy loads the library at the first call, in its own ways
+        raise RuntimeError(f"loading NVRTC: {error}") from None
+    return nvrtc
+
+
+def cache_directory() -> Path:
+    """``$FLOWOPS_CACHE``, or ``flowops`` in the user's cache directory."""
+    if given := os.environ.get(CACHE):
+        return Path(given)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "flowops"
+
+
+def _read(key: str) -> bytes | None:
+    """A binary that was kept whole, or None."""
+    try:
+        kept = (cache_directory() / f"{key}.cubin").read_bytes()
+    except OSError:
+        return None
+    binary = kept[32:]
+    return binary if hashlib.sha256(binary).digest() == kept[:32] else None
+
+
+def _keep(key: str, binary: bytes) -> None:
+    """Under a temporary name first: other processes may compile the same at the same time."""
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=cache_directory(), suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(binary).digest() + binary)
+            os.replace(name, cache_directory() / f"{key}.cubin")
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        _warn_of_cache(str(cache_directory()), str(error))
+
+
+@functools.cache
+def _warn_of_cache(directory: str, error: str) -> None:
+    warnings.warn(
+        f"flowops: CUDA kernels can't be kept in {directory} ({error}); every process will compile "
+        f"them again. {CACHE} names another directory.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def prebuilt(source: str) -> Path | None:
+    """The fat binary of ``<source>.cu``, if there is one that was made of these sources."""
+    binary, note = directory() / f"{source}.fatbin", directory() / "fatbin.json"
+    try:
+        made = json.loads(note.read_text())["digest"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return binary if made == digest() and binary.exists() else None
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def warmup(device: torch.device | int | str | None = None) -> None:
+    """Compiles and loads all kernels for a GPU, so that nothing is left to do while a CUDA graph is
+    captured.
+
+    Args:
+        device: a CUDA device; None for the current one.
+
+    Raises:
+        RuntimeError: if they can't be compiled or loaded, saying which, why and the compiler's log.
+    """
+    index = torch.device("cuda" if device is None else device).index
+    index = torch.cuda.current_device() if index is None else index
+    for source in names():
+        module, binary = _module(source, index)
+        for kernel in _kernels_in(binary):
+            _function(source, kernel, index, 0)
+
+
+def _kernels_in(binary: bytes) -> list[str]:
+    """A kernel has a section of its own in the machine code."""
+    return sorted({name.decode() for name in re.findall(rb"\.text\.([a-z][a-z0-9_]*)\0", binary)})
+
+
+def _module(source: str, index: int) -> tuple[object, bytes]:
+    """CuPy's module of ``<source>.cu`` on a device, and the binary it came from."""
+    key = (source, index)
+    with _lock:
+        if key in _modules:
+            return _modules[key]
+        if key in _failures:
+            raise RuntimeError(_failures[key])
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"csrc/cuda/{source}.cu is not loaded, and can't be while a CUDA graph is captured:"
+                " call flowops.warmup() before"
+            )
+        try:
+            _modules[key] = _load(source, index)
+        except RuntimeError as error:
+            _failures[key] = str(error)
+            raise
+        return _modules[key]
+
+
+def _load(source: str, index: int) -> tuple[object, bytes]:
+    from cupy.cuda import Module
+
+    arch, troubles = architecture(torch.cuda.get_device_capability(index)), []
+    fat = prebuilt(source)
+    for way in (fat.read_bytes if fat else None, lambda: compile_source(source, arch)):
+        if way is None:
+            continue
+        try:
+            binary = way()
+        except (RuntimeError, OSError) as error:
+            troubles.append(str(error))
+            continue
+        module = Module()
+        try:
+            with torch.cuda.device(index):
+                module.load(binary)
+        except Exception as error:  # CuPy's own class, which needs the driver to be imported
+            what = "the fat binary" if way != compile_source and not troubles and fat else "NVRTC's"
+            troubles.append(
+                f"loading {what} code of csrc/cuda/{source}.cu on {torch.cuda.get_device_name(index)}"
+                f" ({arch}, driver for CUDA {_driver_version()}): {error}"
+            )
+            continue
+        return module, binary
+    raise RuntimeError("\n".join(troubles))
+
+
+def _driver_version() -> str:
+    from cupy.cuda import runtime
+
+    version = runtime.driverGetVersion()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _function(source: str, kernel: str, index: int, shared: int):
+    entry = _functions.get((kernel, index))
+    if entry is None or entry[1] < shared:
+        from cupy.cuda import driver
+
+        with _lock, torch.cuda.device(index):
+            module, _ = _module(source, index)
+            entry = _functions.get((kernel, index)) or [module.get_function(kernel), 0]
+            if shared > max(entry[1], _MOST_WITHOUT_ASKING):
+                driver.funcSetAttribute(entry[0].ptr, _MAX_DYNAMIC_SHARED, shared)
+            entry[1] = max(entry[1], shared)
+            _functions[kernel, index] = entry
+    return entry[0]
+
+
+# --- launching -----------------------------------------------------------------------------------
+
+
+def launch(
+    source: str,
+    kernel: str,
+    grid: int | Sequence[int],
+    threads: int,
+    args: Sequence[Tensor | int | float | None],
+    *,
+    shared: int = 0,
+    cooperative: bool = False,
+) -> None:
+    """Starts ``kernel`` of ``<source>.cu`` on the current stream of the first tensor's device.
+
+    Args:
+        grid: blocks, one number or up to three.
+        threads: of a block.
+        args: the fields of the kernel's argument block, in order: addresses (of tensors; None is
+            null), 64-bit integers, doubles.
+        shared: bytes of dynamic shared memory.
+        cooperative: all blocks have to be on the GPU at once, and may wait for each other.
+    """
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+    packed = b"".join(_slot(a) for a in args)
+    if device.type == "cpu":
+        _emulate(source, kernel, grid, threads, packed, shared, cooperative)
+        return
+    import numpy
+
+    function = _function(source, kernel, device.index, shared)
+    block = numpy.frombuffer(packed, dtype=f"V{len(packed)}")
+    stream = SimpleNamespace(ptr=torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device):
+        function(grid, (threads, 1, 1), (block,), shared, stream, cooperative)
+
+
+def _slot(value: Tensor | int | float | None) -> bytes:
+    if isinstance(value, Tensor):
+        return struct.pack("Q", value.data_ptr())
+    if isinstance(value, float):
+        return struct.pack("d", value)
+    return struct.pack("q", value or 0)
+
+
+def fits(tensor: Tensor, vector: int) -> bool:
+    """Whether rows along the last dimension, which is contiguous, can be read in vectors of so many
+    elements: every row begins at a multiple of their size."""
+    return tensor.data_ptr() % (vector * tensor.element_size()) == 0 and all(
+        stride % vector == 0 for stride in tensor.stride()[:-1]
+    )
+
+
+def blocks_at_once(device: torch.device, per_processor: int) -> int:
+    """Blocks that the GPU holds, ``per_processor`` on each multiprocessor."""
+    return per_processor * processors(device)
+
+
+def processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _EMULATED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --- the emulator --------------------------------------------------------------------------------
+
+
+def emulating() -> bool:
+    return bool(os.environ.get(EMULATOR))
+
+
+@functools.cache
+def _emulator(path: str):
+    library = ctypes.CDLL(path)
+    library.emulate.restype = ctypes.c_char_p
+    library.emulate.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_uint * 3, ctypes.c_uint * 3, ctypes.c_size_t, ctypes.c_int),
+        *(ctypes.c_char_p, ctypes.c_ulong),
+    ]
+    return library.emulate
+
+
+def _emulate(source, kernel, grid, threads, packed, shared, cooperative) -> None:
+    emulate = _emulator(os.path.join(os.environ[EMULATOR], f"{source}.so"))
+    blocks, block = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1)
+    error = emulate(
+        *(kernel.encode(), blocks, block, shared, cooperative, packed, emulator_seed)
+    )
+    if error is not None:
+        raise RuntimeError(f"{kernel}: {error.decode()}")
