@@ -4,9 +4,12 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from flowops import dispatch
 
 from .ceilings import Ceilings, Work
 from .timing import (
@@ -22,6 +25,8 @@ from .timing import (
 )
 
 OURS = "flowops"
+#: Our backends by name, beside what ``auto`` takes.
+BY_NAME = {name: f"{OURS}, {name}" for name in ("triton", "cuda")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WRONG = 0.05  # a baseline further from fp64 than this computes something else
 
@@ -54,6 +59,8 @@ class Row:
     floor_us: float | None = None
     bound: str | None = None
     amount: float | None = None  # of what sets the floor: bytes, flops or exps
+    elements: int | None = None  # of the op's first tensor
+    first_dtype: str = ""  # its storage type
     time: str = ""
     git: str = ""
 
@@ -82,11 +89,13 @@ class Spec:
 
 
 class Job:
-    """What ``measure`` needs. The first provider is ours, the second the plain baseline."""
+    """What ``measure`` needs. The first provider is ours, and the first that is not ours the plain
+    baseline."""
 
     work: Work
     providers: dict[str, Callable | Missing]
     inputs: tuple[Tensor, ...]
+    first: Tensor | None = None  # what dispatch sees the size of the job by
     rotates = False  # many launches on copies of the inputs, in a CUDA graph
 
     def call(self, name: str, inputs: tuple[Tensor, ...]) -> object:
@@ -111,7 +120,7 @@ class OpJob(Job):
         truth: the fp64 result as a function of the leaves in fp64.
         grads: gradients of the outputs; none for the forward pass alone.
         leaves: views of the inputs that the functions take and that get gradients.
-        plain: the baseline of the gate, where it is not the second provider.
+        plain: the baseline of the gate, where it is not the first provider that is not ours.
         random: providers whose results can't be compared.
     """
 
@@ -126,6 +135,10 @@ class OpJob(Job):
     random: frozenset[str] = frozenset()
     rotates = True
     _expected: tuple | None = field(default=None, repr=False)
+
+    @property
+    def first(self) -> Tensor:
+        return self.leaves(*self.inputs)[0]
 
     def call(self, name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self._results(self.providers[name], self.leaves(*inputs), self.grads)
@@ -146,11 +159,11 @@ class OpJob(Job):
             doubles = tuple(t.double() for t in leaves)
             grads = tuple(g.double() for g in self.grads)
             golden = self._results(self.truth, doubles, grads)
-            plain = self.plain or list(self.providers.values())[1]
+            plain = self.plain or self.providers[plain_baseline(self.providers)]
             self._expected = (golden, self._results(plain, leaves, self.grads))
         golden, plain = self._expected
         actual = self.call(name, self.inputs)
-        if name != OURS:
+        if not is_ours(name):
             return max(relative_error(a, g) for a, g in zip(actual, golden, strict=True))
         outputs = len(actual) - (len(self.leaves(*self.inputs)) if self.grads else 0)
         return max(
@@ -160,6 +173,27 @@ class OpJob(Job):
 
     def release(self) -> None:
         self._expected = None
+
+
+def is_ours(provider: str) -> bool:
+    """Held to the gate, and named so in the tables: what ``auto`` takes, or one of ours by name."""
+    return provider == OURS or provider in BY_NAME.values()
+
+
+def on_gpu(device: str, function: Callable) -> dict[str, Callable | Missing]:
+    """``function``, which takes ``backend``, by what ``auto`` takes, and on a GPU by each of our
+    backends too."""
+    providers: dict[str, Callable | Missing] = {OURS: function}
+    return providers | ({} if device == "cpu" else by_name(lambda b: partial(function, backend=b)))
+
+
+def by_name(make: Callable[[str], Callable]) -> dict[str, Callable | Missing]:
+    """``make(backend)`` under the name of each of our backends."""
+    states = {backend: dispatch.backend_state(backend) for backend in BY_NAME}
+    return {
+        BY_NAME[backend]: make(backend) if usable else Missing(state)
+        for backend, (usable, state) in states.items()
+    }
 
 
 def compiled(function: Callable) -> Callable:
@@ -190,6 +224,9 @@ def measure(spec: Spec, ceilings: Ceilings, seconds: float, device: str, only=()
         bound = job.work.bound(ceilings)
         row.floor_us, row.bound = 1e6 * job.work.floor(ceilings), bound
         row.amount = getattr(job.work, bound)
+        if job.first is not None:
+            row.elements = job.first.numel()
+            row.first_dtype = str(job.first.dtype).removeprefix("torch.")
     if ready:
         try:
             _time(job, {name: rows[name] for name in ready}, seconds, device)
@@ -202,7 +239,11 @@ def measure(spec: Spec, ceilings: Ceilings, seconds: float, device: str, only=()
 
 
 def _role(job: Job, name: str) -> str:
-    return {OURS: "ours", list(job.providers)[1]: "eager"}.get(name, "other")
+    return {OURS: "ours", plain_baseline(job.providers): "eager"}.get(name, "other")
+
+
+def plain_baseline(providers: dict[str, object]) -> str:
+    return next(name for name in providers if not is_ours(name))
 
 
 def _admit(job: Job, name: str, row: Row) -> None:
@@ -211,7 +252,7 @@ def _admit(job: Job, name: str, row: Row) -> None:
     if isinstance(provider, Missing):
         row.status = f"missing: {provider.reason}"
         return
-    ours = row.role == "ours"
+    ours = is_ours(name)
     try:
         start = time.perf_counter()
         job.call(name, job.inputs)

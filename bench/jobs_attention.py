@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import flowops
 
 from .ceilings import Work
-from .job import DTYPES, OURS, Job, Missing, OpJob, Spec, compiled
+from .job import DTYPES, OURS, Job, Missing, OpJob, Spec, compiled, on_gpu
 from .jobs_pointwise import eager_affine
 
 MODES = {"forward + backward": True, "forward": False}
@@ -167,7 +167,7 @@ def patch_attention_job(device, B, T, H, D, C, dtype: str, backward: bool) -> Jo
     return OpJob(
         patch_attention_work(B, T, H, D, C, dtype, backward),
         {
-            OURS: flowops.causal_patch_attention,
+            **on_gpu(device, flowops.causal_patch_attention),
             "SDPA, linear, affine": causal,
             "SDPA, linear, affine, compiled": compiled(causal),
         },

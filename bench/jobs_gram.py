@@ -9,7 +9,7 @@ import torch
 import flowops
 
 from .ceilings import Work
-from .job import OURS, Job, Missing, OpJob, Spec, compiled
+from .job import Job, Missing, OpJob, Spec, compiled, on_gpu
 from .jobs_attention import MODES
 
 
@@ -77,7 +77,7 @@ def gram_job(op: str, device: str, N: int, M: int, D: int, backward: bool) -> Jo
     exact = lengthscale.double()
     return OpJob(
         gram_work(N, M, D, O, D if coupling else 0, backward),
-        {OURS: partial(public, lengthscale=lengthscale), **baselines},
+        {**on_gpu(device, partial(public, lengthscale=lengthscale)), **baselines},
         inputs,
         truth=partial(public, lengthscale=exact, backend="reference"),
         grads=grads if backward else (),

@@ -9,7 +9,7 @@ from torch import Tensor
 import flowops
 
 from .ceilings import Work
-from .job import DTYPES, OURS, Job, OpJob, Spec, compiled
+from .job import DTYPES, OURS, Job, OpJob, Spec, compiled, on_gpu
 
 
 def eager_affine(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def affine_job(device: str, B: int, T: int, C: int, dtype: str) -> Job:
 
     return OpJob(
         work,
-        {OURS: flowops.affine_update, "eager": eager, "torch.compile": compiled(eager)},
+        {**on_gpu(device, flowops.affine_update), "eager": eager, "torch.compile": compiled(eager)},
         (x, params),
         truth=eager_affine,
         dtype=DTYPES[dtype],
@@ -85,7 +85,7 @@ def padding_job(device: str, N: int, D: int, pad: int, scale: float) -> Job:
     plain = partial(ours, backend="reference")
     return OpJob(
         Work(bytes=4 * N * (2 * D + pad)),  # the noise is computed, not read
-        {OURS: ours, "eager": eager, "torch.compile": compiled(eager)},
+        {**on_gpu(device, ours), "eager": eager, "torch.compile": compiled(eager)},
         (torch.randn(N, D, device=device),),
         truth=plain,
         plain=plain,
@@ -107,7 +107,7 @@ def noise_job(device: str, N: int, W: int) -> Job:
 
     return OpJob(
         Work(bytes=4 * N * W),
-        {OURS: ours, "torch.randn": lambda _: torch.randn(N, W, device=device)},
+        {**on_gpu(device, ours), "torch.randn": lambda _: torch.randn(N, W, device=device)},
         (torch.zeros(1, device=device),),
         truth=lambda _: ours(_, "reference").double(),
         plain=lambda _: ours(_, "reference"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings, report
+from . import ceilings, prefer, report
 from .environment import environment, folder_name, now
 from .job import OURS, Row, Spec, measure
 from .jobs_attention import attention_specs, patch_attention_specs
@@ -88,6 +88,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a model.safetensors whose weights the Jacobi rows of sampling use, not random ones",
     )
     parser.add_argument(
+        "--prefer",
+        action="store_true",
+        help="let auto take the CUDA kernels where this run, on a GPU, found them faster than "
+        "Triton's: writes flowops/measured.json",
+    )
+    parser.add_argument(
         "--against", metavar="GIT_REF", help="build that commit and compare our own times with it"
     )
     args = parser.parse_args(argv)
@@ -98,6 +104,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected cpu, got cuda, but PyTorch sees no CUDA device")
+    if args.prefer and args.device != "cuda":
+        raise ValueError("prefer: expected a run on a GPU, got device cpu")
     if args.seconds is None:
         args.seconds = SECONDS[args.device]
     for name in ("seconds", "budget"):
@@ -203,6 +211,8 @@ def bench(args: argparse.Namespace) -> int:
         print(folder)
         if args.readme:
             report.write_readme(Path("README.md"), folder.parent)
+        if args.prefer:
+            prefer.write(Path("flowops") / "measured.json", env["device"], rows)
     print("\n" + report.plain(report.summary(rows)))
     failed = [row for row in rows if row.status.startswith("FAILED")]
     for row in failed:

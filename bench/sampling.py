@@ -1,7 +1,8 @@
 """Sampling from a TarFlow, exactly and by Jacobi sweeps, against a loop over tokens in PyTorch."""
 
 import copy
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,7 +15,7 @@ from flowops.api import TarFlow, patchify
 
 from .ceilings import Work
 from .eager import EagerTarFlow
-from .job import DTYPES, OURS, Job, Missing, Spec
+from .job import DTYPES, OURS, Job, Missing, Spec, by_name, is_ours
 from .models import FACTOR, IMAGENET64, MNIST, WIDE_BLOCK, make_model, sizes, trained_model
 from .timing import GateError, gate, relative_error
 from .upstream import load_upstream, upstream_model
@@ -80,8 +81,15 @@ class SamplingJob(Job):
         self.eager = EagerTarFlow(model)
         # Without options where it can be: an older flowops, to compare with, may not have them.
         ours = model.reverse if self.exact else partial(model.reverse, method=method, tol=tol)
-        self.providers = {OURS: ours, "eager": self.eager.reverse}
+        self.first = noise
+        self.providers = {OURS: ours, **self._by_backend(ours), "eager": self.eager.reverse}
         self._golden = self._double = None
+
+    def _by_backend(self, ours: Callable) -> dict[str, Callable | Missing]:
+        """On a GPU also by each backend; CUDA takes small batches, and the exact method alone."""
+        if self.noise.device.type == "cpu":
+            return {}
+        return by_name(partial(_through, ours))
 
     @torch.no_grad()
     def call(self, name: str, inputs=(), **options):
@@ -109,7 +117,7 @@ class SamplingJob(Job):
             )
         golden, plain = self._golden
         images = self.call(name)
-        if name != OURS:
+        if not is_ours(name):
             return relative_error(images, golden)
         return gate("images", images, plain, golden, DTYPES[self.precision], FACTOR)
 
@@ -117,7 +125,7 @@ class SamplingJob(Job):
     def _check_equations(self, name: str) -> float:
         """x = z exp(a(x)) + b(x) of every block, in fp64: for ours up to ``tol``, and to the
         rounding of one plain pass over all tokens in the job's precision."""
-        if name == OURS and not self.exact:
+        if is_ours(name) and not self.exact:
             sequence, report = self.call(name, return_sequence=True, return_report=True)
             residual = report.residual.max().item()
             if not residual <= self.tol:
@@ -141,13 +149,30 @@ class SamplingJob(Job):
             error, rounding = ((t - golden).abs().max().item() for t in (x, plain))
             eps = torch.finfo(DTYPES[self.precision]).eps
             allowed = self.tol + FACTOR * rounding + 2 * eps * scale
-            if name == OURS and not (rounding <= 0.05 * scale and error <= allowed):
+            if is_ours(name) and not (rounding <= 0.05 * scale and error <= allowed):
                 raise GateError(
                     f"block {len(tokens) - 2 - k}: off its equation by {error:.2e}, allowed "
                     f"{allowed:.2e}: not timed"
                 )
             worst = max(worst, error / scale)
         return worst
+
+
+def _through(function: Callable, backend: str) -> Callable:
+    """``function`` with every op on ``backend``."""
+
+    def named(*args, **options):
+        before = os.environ.get("FLOWOPS_BACKEND")
+        os.environ["FLOWOPS_BACKEND"] = backend
+        try:
+            return function(*args, **options)
+        finally:
+            if before is None:
+                del os.environ["FLOWOPS_BACKEND"]
+            else:
+                os.environ["FLOWOPS_BACKEND"] = before
+
+    return named
 
 
 # --- the jobs of `flowops bench` -----------------------------------------------------------------

@@ -48,6 +48,7 @@ EMULATOR = "FLOWOPS_CUDA_EMULATOR"
 emulator_seed = 1
 
 _EMULATED_PROCESSORS = 2
+_EMULATED_SHARED = 227 << 10
 _MOST_WITHOUT_ASKING = 48 << 10  # bytes of shared memory
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -208,7 +209,7 @@ def warmup(device: torch.device | int | str | None = None) -> None:
     index = torch.device("cuda" if device is None else device).index
     index = torch.cuda.current_device() if index is None else index
     for source in names():
-        module, binary = _module(source, index)
+        _, binary = _module(source, index)
         for kernel in _kernels_in(binary):
             _function(source, kernel, index, 0)
 
@@ -240,31 +241,39 @@ def _module(source: str, index: int) -> tuple[object, bytes]:
 
 
 def _load(source: str, index: int) -> tuple[object, bytes]:
+    """From the fat binary; where there is none for this GPU, from NVRTC."""
+    arch = architecture(torch.cuda.get_device_capability(index))
+    troubles, fat = [], prebuilt(source)
+    if fat is not None:
+        try:
+            binary = fat.read_bytes()
+            return _load_binary(binary, index), binary
+        except Exception as error:  # the driver's errors are of a class of CuPy
+            troubles.append(f"loading {fat} on {_gpu(index)}: {error}")
+    try:
+        binary = compile_source(source, arch)
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError("\n".join([*troubles, str(error)])) from None
+    try:
+        return _load_binary(binary, index), binary
+    except Exception as error:
+        troubles.append(
+            f"loading NVRTC's csrc/cuda/{source}.cu for {arch} on {_gpu(index)}: {error}"
+        )
+    raise RuntimeError("\n".join(troubles))
+
+
+def _load_binary(binary: bytes, index: int):
     from cupy.cuda import Module
 
-    arch, troubles = architecture(torch.cuda.get_device_capability(index)), []
-    fat = prebuilt(source)
-    for way in (fat.read_bytes if fat else None, lambda: compile_source(source, arch)):
-        if way is None:
-            continue
-        try:
-            binary = way()
-        except (RuntimeError, OSError) as error:
-            troubles.append(str(error))
-            continue
-        module = Module()
-        try:
-            with torch.cuda.device(index):
-                module.load(binary)
-        except Exception as error:  # CuPy's own class, which needs the driver to be imported
-            what = "the fat binary" if way != compile_source and not troubles and fat else "NVRTC's"
-            troubles.append(
-                f"loading {what} code of csrc/cuda/{source}.cu on {torch.cuda.get_device_name(index)}"
-                f" ({arch}, driver for CUDA {_driver_version()}): {error}"
-            )
-            continue
-        return module, binary
-    raise RuntimeError("\n".join(troubles))
+    module = Module()
+    with torch.cuda.device(index):
+        module.load(binary)
+    return module
+
+
+def _gpu(index: int) -> str:
+    return f"{torch.cuda.get_device_name(index)}, driver for CUDA {_driver_version()}"
 
 
 def _driver_version() -> str:
@@ -354,6 +363,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    if device.type == "cpu":
+        return _EMULATED_SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 # --- the emulator --------------------------------------------------------------------------------
 
 
@@ -375,8 +391,6 @@ def _emulator(path: str):
 def _emulate(source, kernel, grid, threads, packed, shared, cooperative) -> None:
     emulate = _emulator(os.path.join(os.environ[EMULATOR], f"{source}.so"))
     blocks, block = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1)
-    error = emulate(
-        *(kernel.encode(), blocks, block, shared, cooperative, packed, emulator_seed)
-    )
+    error = emulate(*(kernel.encode(), blocks, block, shared, cooperative, packed, emulator_seed))
     if error is not None:
         raise RuntimeError(f"{kernel}: {error.decode()}")

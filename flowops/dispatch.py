@@ -1,11 +1,12 @@
 """Which backend runs an op, and why another one does not.
 
 An op is a name with up to four implementations. ``backend="auto"`` takes the first of
-``cuda, triton, cpu, reference`` that can run on the given tensors; ``reference`` always can. A
-backend asked for by name, in the call or through the environment variable ``FLOWOPS_BACKEND``
-(which speaks for every call that names none), runs or raises. Triton's interpreter
-(``TRITON_INTERPRET=1``) runs the triton kernels on CPU tensors, and the emulator of the tests
-(``FLOWOPS_CUDA_EMULATOR``) the cuda ones, by name only.
+``cuda, triton, cpu, reference`` that can run on the given tensors; ``cuda`` only where it was
+measured to be faster (``flowops.measured``); ``reference`` always can. A backend asked for by name,
+in the call or through the environment variable ``FLOWOPS_BACKEND`` (which speaks for every call
+that names none), runs or raises. Triton's interpreter (``TRITON_INTERPRET=1``) runs the triton
+kernels on CPU tensors, and the emulator of the tests (``FLOWOPS_CUDA_EMULATOR``) the cuda ones, by
+name only.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from . import cuda_runtime
+from . import cuda_runtime, measured
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -268,6 +269,8 @@ def _select(op: str, backend: str, args: tuple, device_type: str) -> Callable:
     if asked == "auto":
         for candidate in _AUTO.get(device_type, ("reference",)):
             entry = implementations.get(candidate)
+            if candidate == "cuda" and not measured.prefers_cuda(op, args[0]):
+                continue
             if entry is not None and _reason(candidate, device_type, entry[1], args) is None:
                 return entry[0]
     if asked not in BACKENDS:

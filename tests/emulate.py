@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda for the CPU, so that kernels run without a GPU: ``python tests/emulate.py``."""
+"""Compiles csrc/cuda for the CPU, to run kernels without a GPU: ``python tests/emulate.py``."""
 
 import hashlib
 import os

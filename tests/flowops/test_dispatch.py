@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flowops
-from flowops import dispatch
+from flowops import cuda_runtime, dispatch, measured
 from helpers import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,8 +45,9 @@ def python(code: str, cwd, **environment: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_interpreter(monkeypatch):
-    """Triton kernels as users have them."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    """The kernels of a GPU as users have them."""
+    for name in ("TRITON_INTERPRET", cuda_runtime.EMULATOR):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -99,6 +100,55 @@ def test_the_interpreter_runs_on_cpu_tensors_by_name_only(toy, monkeypatch):
     assert dispatch.can_run("toy", "triton", torch.ones(1)) == (True, "")
     half = torch.ones(1, dtype=torch.bfloat16)
     assert "computes bfloat16 wrongly" in dispatch.triton_dtype_reason(half)
+
+
+@needs_native
+def test_the_emulator_runs_on_cpu_tensors_by_name_only(toy, monkeypatch):
+    monkeypatch.setenv(cuda_runtime.EMULATOR, "somewhere")
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS["toy"], "cuda", (lambda x: "emulated", None))
+    assert toy() == "cpu"
+    assert toy("cuda") == "emulated"
+    assert dispatch.can_run("toy", "cuda", torch.ones(1)) == (True, "")
+
+
+def test_auto_takes_cuda_before_triton_where_that_was_measured(toy, monkeypatch):
+    """On a GPU, of which the tensors here are stand-ins."""
+    implementations = dispatch._IMPLEMENTATIONS["toy"]
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(implementations, name, (lambda x, name=name: name, None))
+    monkeypatch.setattr(dispatch, "_reason", lambda *_: None)
+    monkeypatch.setitem(dispatch._AUTO, "cpu", dispatch._AUTO["cuda"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    row = {"device": "a GPU", "family": "toy", "dtype": "float32", "elements": [1, 1]}
+    for rows, expected in (
+        ([], "triton"),
+        ([row], "cuda"),
+        ([row | {"device": "another"}], "triton"),
+        ([row | {"dtype": "bfloat16"}], "triton"),
+        ([row | {"elements": [2, 9]}], "triton"),
+    ):
+        measured._of_device.cache_clear()
+        monkeypatch.setattr(measured, "rows", lambda rows=rows: rows)
+        assert toy() == expected
+    measured._of_device.cache_clear()
+
+
+def test_rows_speak_for_families():
+    for op, family in (
+        ("affine_update", "affine"),
+        ("affine_inverse_backward", "affine"),
+        ("kernel_coupling_inverse", "kernel_coupling"),
+        ("se_gram_matmul_backward", "se_gram_matmul"),
+        ("decode_block", "decode_block"),
+    ):
+        assert measured.family(op) == family
+
+
+def test_only_measured_rows_are_shipped():
+    """Every row names the commit of the run it came from."""
+    for row in measured.rows():
+        assert row["ratio"] > 1
+        assert row["git"]
 
 
 @needs_native
@@ -312,7 +362,7 @@ def test_without_native_kernels_auto_runs(ran, op):
 def test_a_module_that_does_not_load_is_told_once(tmp_path):
     code = """
 import importlib.util, sys, torch, flowops
-from flowops import dispatch
+from flowops import cuda_runtime, dispatch, measured
 tries = []
 class Broken:
     def find_spec(self, name, path=None, target=None):
