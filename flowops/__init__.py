@@ -6,6 +6,7 @@ from ._version import __version__
 from .affine import affine_inverse, affine_update
 from .attention import causal_attention
 from .coupling import kernel_coupling, kernel_coupling_inverse
+from .cuda_runtime import warmup
 from .decode import Decoded, decode_block
 from .decode_weights import BlockWeights, LayerWeights, pack_block
 from .gram import se_gram, se_gram_matmul
@@ -43,4 +44,5 @@ __all__ = [
     "pad_noise",
     "se_gram",
     "se_gram_matmul",
+    "warmup",
 ]

@@ -8,6 +8,7 @@ Nothing is compiled or loaded while a CUDA graph is captured: ``warmup()`` does 
 fails is not tried again, and fails with the same words.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -267,7 +268,7 @@ def _load_binary(binary: bytes, index: int):
     from cupy.cuda import Module
 
     module = Module()
-    with torch.cuda.device(index):
+    with _on(index):
         module.load(binary)
     return module
 
@@ -288,7 +289,7 @@ def _function(source: str, kernel: str, index: int, shared: int):
     if entry is None or entry[1] < shared:
         from cupy.cuda import driver
 
-        with _lock, torch.cuda.device(index):
+        with _lock, _on(index):
             module, _ = _module(source, index)
             entry = _functions.get((kernel, index)) or [module.get_function(kernel), 0]
             if shared > max(entry[1], _MOST_WITHOUT_ASKING):
@@ -332,8 +333,15 @@ def launch(
     function = _function(source, kernel, device.index, shared)
     block = numpy.frombuffer(packed, dtype=f"V{len(packed)}")
     stream = SimpleNamespace(ptr=torch.cuda.current_stream(device).cuda_stream)
-    with torch.cuda.device(device):
+    with _on(device.index):
         function(grid, (threads, 1, 1), (block,), shared, stream, cooperative)
+
+
+def _on(index: int):
+    """The device as the current one; looking first is cheaper than entering."""
+    if torch.cuda.current_device() == index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(index)
 
 
 def _slot(value: Tensor | int | float | None) -> bytes:

@@ -5,14 +5,34 @@ import pytest
 import torch
 
 import flowops
-from flowops import dispatch
+from flowops import dispatch, measured
 from helpers import CASES, assert_close
-from kernel_checks import as_tuple, values_and_gradients
+from kernel_checks import BACKENDS, as_tuple, values_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 NARROW = [torch.float32, torch.bfloat16]
+
+
+#: What ``auto`` takes, and the CUDA kernels, which it takes only where they were measured to win.
+by_backend = pytest.mark.parametrize("backend", ["auto", BACKENDS[1]])
+
+
+def through(case, backend, tensors):
+    """The op on a backend; skips where that says why it can't take these tensors."""
+    flowops.warmup() if backend == "cuda" else None
+
+    def call(*tensors):
+        return case.public(*tensors, backend=backend)
+
+    try:
+        call(*tensors)
+    except RuntimeError as error:
+        if f"backend '{backend}' can't run" not in str(error):
+            raise
+        pytest.skip(str(error))
+    return call
 
 
 def op_of(case) -> str:
@@ -28,12 +48,14 @@ def weights_of(case, tensors):
 
 
 @by_case
+@by_backend
 @pytest.mark.parametrize("dtype", NARROW)
-def test_values_and_gradients_follow_the_fp64_reference(case, dtype):
-    """As in tests/flowops/test_registration.py, where ``auto`` takes what is fastest."""
+def test_values_and_gradients_follow_the_fp64_reference(case, dtype, backend):
+    """As in tests/flowops/test_registration.py."""
     tensors = [t.detach() for t in case.tensors(dtype)]
     weights = weights_of(case, tensors)
-    actual = values_and_gradients(case.public, [t.cuda() for t in tensors], weights)
+    on_gpu = [t.cuda() for t in tensors]
+    actual = values_and_gradients(through(case, backend, on_gpu), on_gpu, weights)
     plain = values_and_gradients(case.reference, tensors, weights)
     golden = values_and_gradients(case.reference, [t.double() for t in tensors], weights)
     for a, p, g in zip(actual, plain, golden, strict=True):
@@ -42,8 +64,9 @@ def test_values_and_gradients_follow_the_fp64_reference(case, dtype):
 
 
 @by_case
-def test_auto_takes_triton(case, monkeypatch):
+def test_auto_takes_triton_without_a_measured_row(case, monkeypatch):
     monkeypatch.delenv("FLOWOPS_BACKEND", raising=False)
+    monkeypatch.setattr(measured, "rows", tuple)
     tensors = on_gpu(case)
     by_name = as_tuple(case.public(*tensors, backend="triton"))
     for a, b in zip(as_tuple(case.public(*tensors)), by_name, strict=True):
@@ -51,21 +74,25 @@ def test_auto_takes_triton(case, monkeypatch):
 
 
 @by_case
+@by_backend
 @pytest.mark.parametrize("dtype", NARROW)
-def test_sanitize_runs_at_small_sizes(case, dtype):
+def test_sanitize_runs_at_small_sizes(case, dtype, backend):
     """Small and plain, for a memory checker to watch."""
     tensors = on_gpu(case, dtype)
-    outs = values_and_gradients(case.public, tensors, weights_of(case, tensors))
+    public = through(case, backend, tensors)
+    outs = values_and_gradients(public, tensors, weights_of(case, tensors))
     assert all(out.isfinite().all() for out in outs)
 
 
 @by_case
-def test_forward_and_backward_wait_for_nothing(case):
+@by_backend
+def test_forward_and_backward_wait_for_nothing(case, backend):
     tensors = [t.requires_grad_() for t in on_gpu(case)]
     weights = [w.detach() for w in weights_of(case, tensors)]
+    public = through(case, backend, tensors)
 
     def step():
-        outs = as_tuple(case.public(*tensors))
+        outs = as_tuple(public(*tensors))
         return torch.autograd.grad(outs, tensors, weights)
 
     step()  # compiles
@@ -77,12 +104,14 @@ def test_forward_and_backward_wait_for_nothing(case):
 
 
 @by_case
-def test_graph_capture(case):
+@by_backend
+def test_graph_capture(case, backend):
     tensors = [t.requires_grad_() for t in on_gpu(case)]
     weights = [w.detach() for w in weights_of(case, tensors)]
+    public = through(case, backend, tensors)
 
     def step():
-        outs = as_tuple(case.public(*tensors))
+        outs = as_tuple(public(*tensors))
         return [*outs, *torch.autograd.grad(outs, tensors, weights)]
 
     side = torch.cuda.Stream()
@@ -112,10 +141,11 @@ def test_inductor_finds_no_graph_break(case):
 
 
 @by_case
-def test_two_runs_give_the_same_bits(case):
+@by_backend
+def test_two_runs_give_the_same_bits(case, backend):
     tensors = on_gpu(case)
-    weights = weights_of(case, tensors)
-    first, second = (values_and_gradients(case.public, tensors, weights) for _ in range(2))
+    weights, public = weights_of(case, tensors), through(case, backend, tensors)
+    first, second = (values_and_gradients(public, tensors, weights) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
