@@ -324,7 +324,7 @@ def launch(
     """
     device = next(a.device for a in args if isinstance(a, Tensor))
     grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
-    packed = b"".join(_slot(a) for a in args)
+    packed = _pack(args)
     if device.type == "cpu":
         _emulate(source, kernel, grid, threads, packed, shared, cooperative)
         return
@@ -344,12 +344,14 @@ def _on(index: int):
     return torch.cuda.device(index)
 
 
-def _slot(value: Tensor | int | float | None) -> bytes:
-    if isinstance(value, Tensor):
-        return struct.pack("Q", value.data_ptr())
-    if isinstance(value, float):
-        return struct.pack("d", value)
-    return struct.pack("q", value or 0)
+def _pack(args: Sequence[Tensor | int | float | None]) -> bytes:
+    values = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in args]
+    return _packer(tuple(map(type, values)))(*values)
+
+
+@functools.cache
+def _packer(types: tuple[type, ...]):
+    return struct.Struct("=" + "".join("d" if t is float else "q" for t in types)).pack
 
 
 def fits(tensor: Tensor, vector: int) -> bool:
