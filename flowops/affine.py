@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .interop import takes_arrays
 
 # --- reference: plain PyTorch, differentiable, exact in fp64 -------------------------------------
 
@@ -230,6 +231,43 @@ def _triton_backward(grad_out, grad_logdet, x, params, reverse, inverse):
     return _kernels().affine_bwd(grad_out, grad_logdet, x, params, reverse, inverse, compute)
 
 
+def _cuda_supports(*args) -> str | None:
+    x, params, _ = args[-3:]
+    if params.shape[1] * params.shape[2] >= 2**31:
+        return "a batch row has 2^31 elements, which the CUDA kernels count in 32 bits"
+    return _cuda().dtype_reason(x, params)
+
+
+def _cuda():
+    from .cuda import affine
+
+    return affine
+
+
+@dispatch.implement("affine_update", "cuda", _cuda_supports)
+def _(x, params, reverse):
+    x, params = _dense_rows(x), _dense_rows(params)
+    return _cuda().affine_fwd(x, params, reverse, False, dispatch.compute_dtype(x, params))
+
+
+@dispatch.implement("affine_inverse", "cuda", _cuda_supports)
+def _(z, params, reverse):
+    z, params = _dense_rows(z), _dense_rows(params)
+    return _cuda().affine_fwd(z, params, reverse, True, dispatch.compute_dtype(z, params))[0]
+
+
+@dispatch.implement("affine_update_backward", "cuda", _cuda_supports)
+def _(grad_z, grad_logdet, x, params, reverse):
+    x, params, grad_z = _dense_rows(x), _dense_rows(params), grad_z.contiguous()
+    return _cuda().affine_bwd(grad_z, grad_logdet.contiguous(), x, params, reverse, False)
+
+
+@dispatch.implement("affine_inverse_backward", "cuda", _cuda_supports)
+def _(grad_x, z, params, reverse):
+    z, params, grad_x = _dense_rows(z), _dense_rows(params), grad_x.contiguous()
+    return _cuda().affine_bwd(grad_x, None, z, params, reverse, True)
+
+
 def _native_backward(kernel, grad_out, grad_logdet, x, params, reverse):
     x, params, grad_out = _dense_rows(x), _dense_rows(params), grad_out.contiguous()
     if grad_logdet is not None:
@@ -295,6 +333,7 @@ class AffineInverseFunction(torch.autograd.Function):
 # --- public --------------------------------------------------------------------------------------
 
 
+@takes_arrays
 def affine_update(
     x: Tensor, params: Tensor, *, reverse: bool = False, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -304,7 +343,8 @@ def affine_update(
     nothing is cast under autocast. Deterministic.
 
     Args:
-        x: ``[B, T, C]``, floating.
+        x: ``[B, T, C]``, floating. It and params may be arrays with ``__dlpack__``, as of CuPy;
+            the results then are such arrays.
         params: ``[B, T, 2C]``, the network's output per token: log-scales ``a`` first, then shifts
             ``b``. Or ``[B, T, C]``, the shifts alone (volume preserving). May be stored in another
             floating dtype than x.
@@ -326,6 +366,7 @@ def affine_update(
     return AffineUpdateFunction.apply(x, params, reverse, backend)
 
 
+@takes_arrays
 def affine_inverse(
     z: Tensor, params: Tensor, *, reverse: bool = False, backend: str = "auto"
 ) -> Tensor:

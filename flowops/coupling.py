@@ -24,10 +24,12 @@ from .gram import (
     empty_like,
     matmul_flops,
     on_cpu,
+    on_cuda,
     on_triton,
     se_gram_matmul_backward_reference,
     se_gram_matmul_reference,
 )
+from .interop import takes_arrays
 
 # --- reference ------------------------------------------------------------------------------------
 
@@ -136,6 +138,9 @@ on_triton("kernel_coupling_inverse_backward", "gram_backward", "coupling_inverse
 on_cpu("kernel_coupling", 2)
 on_cpu("kernel_coupling_inverse", 3)
 
+on_cuda("kernel_coupling", "coupling")
+on_cuda("kernel_coupling_inverse", "coupling_inverse")
+
 # --- autograd -------------------------------------------------------------------------------------
 
 KernelCouplingFunction = autograd_function(
@@ -150,6 +155,7 @@ KernelCouplingInverseFunction = autograd_function(
 # --- public ---------------------------------------------------------------------------------------
 
 
+@takes_arrays
 def kernel_coupling(
     x1: Tensor,
     x2: Tensor,
@@ -184,6 +190,7 @@ def kernel_coupling(
     return differentiable(KernelCouplingFunction, torch.ops.flowops.kernel_coupling.default, *args)
 
 
+@takes_arrays
 def kernel_coupling_inverse(
     x1: Tensor,
     y2: Tensor,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .interop import takes_arrays
 
 KERNELS = ("se", "matern12", "matern32", "matern52")
 _PRECISIONS = ("fp32", "tf32")
@@ -294,6 +295,23 @@ def on_cpu(op: str, code: int) -> None:
 on_cpu("se_gram", 0)
 on_cpu("se_gram_matmul", 1)
 
+
+def on_cuda(op: str, launcher: str) -> None:
+    """Registers the launcher of ``flowops.cuda.gram`` for ``op``, and for its backward."""
+
+    def module():
+        return importlib.import_module(".cuda.gram", __package__)
+
+    for name, backward in ((launcher, False), (f"{launcher}_backward", True)):
+        dispatch.implement(
+            f"{op}_backward" if backward else op,
+            "cuda",
+            lambda *args, backward=backward: module().reason(backward, *args),
+        )(lambda *args, name=name: getattr(module(), name)(*args))
+
+
+on_cuda("se_gram_matmul", "matmul")
+
 # --- autograd ------------------------------------------------------------------------------------
 
 
@@ -333,6 +351,7 @@ SeGramMatmulFunction = autograd_function(
 # --- public --------------------------------------------------------------------------------------
 
 
+@takes_arrays
 def se_gram(
     x: Tensor,
     z: Tensor,
@@ -348,7 +367,8 @@ def se_gram(
     Data far from zero are as accurate as centred data, and ``x == z`` gives exactly 1.
 
     Args:
-        x: ``[N, D]``, floating.
+        x: ``[N, D]``, floating. It, z and lengthscale may be arrays with ``__dlpack__``, as of
+            CuPy; the result then is such an array.
         z: ``[M, D]``, the auxiliary points.
         lengthscale: positive, in the units of x: a number, a 0-d tensor or ``[D]``.
         kernel: ``"se"``, ``"matern12"``, ``"matern32"`` or ``"matern52"``.
@@ -370,6 +390,7 @@ def se_gram(
     return differentiable(SeGramFunction, torch.ops.flowops.se_gram.default, *args)
 
 
+@takes_arrays
 def se_gram_matmul(
     x: Tensor,
     z: Tensor,

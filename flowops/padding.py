@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .interop import takes_arrays
 from .noise import Rng, make_rng, noise_reference
 
 
@@ -63,6 +64,22 @@ def _(x, rng, pad, pad_scale, data_scale):
     return pad_noise_fwd(x, rng.contiguous(), pad, pad_scale, data_scale, dispatch.compute_dtype(x))
 
 
+def _cuda_supports(x, rng, pad, *_) -> str | None:
+    from .cuda import padding
+
+    return padding.reason(x, pad)
+
+
+@dispatch.implement("pad_noise", "cuda", _cuda_supports)
+def _(x, rng, pad, pad_scale, data_scale):
+    from .cuda.padding import pad_noise_fwd
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    there = x.device.type == "cuda"
+    scales = (s if there and s.device == x.device else s.item() for s in (pad_scale, data_scale))
+    return pad_noise_fwd(x, rng.contiguous(), pad, *scales)
+
+
 class PadNoiseFunction(torch.autograd.Function):
     """Backward is a slice; gradients to the scales draw the noise again from ``rng``."""
 
@@ -87,6 +104,7 @@ class PadNoiseFunction(torch.autograd.Function):
         return grad[:, :D], None, None, grad_pad_scale, grad_data_scale, None
 
 
+@takes_arrays
 def pad_noise(
     x: Tensor,
     pad: int,
@@ -102,7 +120,8 @@ def pad_noise(
     of every element depends on rng, the width D + pad, its row and its column alone.
 
     Args:
-        x: ``[..., D]``, floating.
+        x: ``[..., D]``, floating. It, the scales and rng may be arrays with ``__dlpack__``, as of
+            CuPy; the result then is such an array.
         pad: number of padding dimensions, at least 1.
         pad_scale: standard deviation of the padding; a number or a 0-d tensor, to be learned.
         data_scale: standard deviation of the noise on x; likewise.
