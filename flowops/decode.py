@@ -232,6 +232,28 @@ def _triton(
     )
 
 
+def _cuda_reason(
+    z, weights, embed, guide, heads, eps, temperature, reverse, outputs, panels, tol, window, even
+):
+    if panels:
+        return "its weights were packed for the CPU kernels"
+    return _cuda_kernels().reason(z, PackedBlock(*weights), embed, heads, window)
+
+
+@dispatch.implement("decode_block", "cuda", _cuda_reason)
+def _cuda(z, weights, embed, guide, heads, eps, temperature, reverse, *_):
+    weights = PackedBlock(*weights)
+    return _cuda_kernels().decode_block(
+        z, weights, embed, guide, heads, eps, temperature, reverse
+    )
+
+
+def _cuda_kernels():
+    from .cuda import decode
+
+    return decode
+
+
 # --- public --------------------------------------------------------------------------------------
 
 

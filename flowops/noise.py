@@ -152,6 +152,19 @@ def _(rng, rows, width, kind):
     return noise_fwd(rng.contiguous(), rows, width, kind)
 
 
+def _cuda_supports(rng, rows, width, kind) -> str | None:
+    from .cuda import noise
+
+    return noise.reason(width)
+
+
+@dispatch.implement("noise", "cuda", _cuda_supports)
+def _(rng, rows, width, kind):
+    from .cuda.noise import noise_fwd
+
+    return noise_fwd(rng.contiguous(), rows, width, kind)
+
+
 # --- public --------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,40 @@ def _(grad_z, grad_logdet, q, k, v, weight, bias, x, o, lse, reverse, scale):
     return _gradients(grad_x, grad_params, grad_o, q, k, v, o, lse, scale, "triton")
 
 
+def _cuda_supports(*args) -> str | None:
+    return _cuda().patch_attention_reason(*args[:6])
+
+
+def _cuda():
+    from .cuda import attention
+
+    return attention
+
+
+@dispatch.implement("causal_patch_attention", "cuda", _cuda_supports)
+def _(q, k, v, weight, bias, x, reverse, scale):
+    return _cuda().causal_patch_attention_fwd(
+        *(*dense_columns(q, k, v), *dense_columns(weight, bias, x)), reverse, scale
+    )
+
+
+def _cuda_backward(q: Tensor) -> str:
+    """There is no CUDA kernel for the backward pass: Triton's serve the GPU, and the emulator, which
+    is for the forward pass, goes by the formula."""
+    return "triton" if q.is_cuda else "reference"
+
+
+@dispatch.implement(
+    "causal_patch_attention_backward",
+    "cuda",
+    lambda *args: dispatch.can_run(
+        "causal_patch_attention_backward", _cuda_backward(args[2]), *args
+    )[1],
+)
+def _(*args):
+    return torch.ops.flowops.causal_patch_attention_backward(*args, _cuda_backward(args[2]))
+
+
 # --- autograd ------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ struct Block {
   std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
+  std::shared_ptr<void> extension;  // what another header keeps for the block
 };
 
 struct Fiber {
