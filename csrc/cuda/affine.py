@@ -7,6 +7,9 @@ from ..cuda_runtime import TAGS, blocks_at_once, fits, launch
 
 THREADS = 256
 
+#: Chunks of all rows together, where rows are long enough: what large GPUs hold at once.
+UNITS = 1024
+
 #: Storage types of x and params that there are kernels for, and the vectors they are moved in.
 VECTORS = {
     ("f32", "f32"): (4,),
@@ -36,12 +39,12 @@ def _variant(x: Tensor, params: Tensor, *dense: Tensor) -> tuple[str, int]:
 
 
 def _chunks(x: Tensor, vector: int) -> tuple[int, int]:
-    """Into how many chunks a batch row is cut, and the grid: enough for all processors."""
+    """Into how many chunks a batch row is cut, from sizes alone so that sums are the same on every
+    GPU, and the grid."""
     B, T, C = x.shape
-    grid = blocks_at_once(x.device, 4)
     most = -(-T * C // (THREADS * vector))
-    chunks = min(max(1, -(-grid // B)), most)
-    return chunks, min(B * chunks, grid)
+    chunks = min(-(-UNITS // B), most)
+    return chunks, min(B * chunks, blocks_at_once(x.device, 4))
 
 
 def _sizes(x: Tensor, params: Tensor, chunks: int, reverse: bool) -> tuple[int, ...]:
@@ -81,7 +84,9 @@ def affine_bwd(grad, grad_logdet, x, params, reverse: bool, inverse: bool):
     launch(
         *("affine", f"affine_{'inverse' if inverse else 'update'}_backward_{name}_v{vector}"),
         *(grid, THREADS),
-        (grad, grad_logdet, x, params, grad_x, grad_params)
-        + _sizes(x, params, chunks, reverse),
+        (
+            *(grad, grad_logdet, x, params, grad_x, grad_params),
+            *_sizes(x, params, chunks, reverse),
+        ),
     )
     return grad_x, grad_params
