@@ -27,7 +27,8 @@ struct PatchAttention {
 constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int D = 64, KEYS = 64;  // width of a head, and keys that are multiplied at once
 constexpr int ROW = 2 * D;        // bytes of a row in shared memory
-constexpr float INFINITE = __builtin_huge_valf();
+
+DEVICE float minus_infinity() { return as_float(0xff800000); }
 
 // --- shared memory ------------------------------------------------------------------------------
 //
@@ -154,18 +155,20 @@ template <int M, class T, bool DIAGONAL>
 DEVICE void attend(Attention<M> &state, const u32 (&q)[M][D / 16][4], u32 keys, u32 values, int key,
                    int row, float scale) {
     int lane = threadIdx.x % 32, column = key + 2 * (lane % 4);
-    auto hidden = [&](int j) { return DIAGONAL && key + 16 * j > row + 16 * M - 1; };
+    // Whether 16 keys from 16 j on are past all of the 16 queries from 16 m on.
+    auto hidden = [&](int j, int m) { return DIAGONAL && key + 16 * j > row + 16 * m + 15; };
     float s[M][KEYS / 8][4] = {};
     keys += columns_first(lane);
 #pragma unroll
     for (int d = 0; d < D / 16; d++) {
 #pragma unroll
         for (int j = 0; j < KEYS / 16; j++) {
-            if (hidden(j)) continue;
+            if (hidden(j, M - 1)) continue;
             u32 k[4];
             ldmatrix(k, (keys ^ 32 * d) + 16 * ROW * j);
 #pragma unroll
             for (int m = 0; m < M; m++) {
+                if (hidden(j, m)) continue;
                 mma<T>(s[m][2 * j], q[m][d], k[0], k[1]);
                 mma<T>(s[m][2 * j + 1], q[m][d], k[2], k[3]);
             }
@@ -178,12 +181,12 @@ DEVICE void attend(Attention<M> &state, const u32 (&q)[M][D / 16][4], u32 keys, 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int query = row + 16 * m + 8 * half + lane / 4;
-            float most = -INFINITE;
+            float most = minus_infinity();
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; e++) {
-                    if (DIAGONAL && column + 8 * n + e % 2 > query) s[m][n][e] = -INFINITE;
+                    if (DIAGONAL && column + 8 * n + e % 2 > query) s[m][n][e] = minus_infinity();
                     most = fmaxf(most, s[m][n][e]);
                 }
             }
@@ -214,7 +217,7 @@ DEVICE void attend(Attention<M> &state, const u32 (&q)[M][D / 16][4], u32 keys, 
     values += rows_first(lane);
 #pragma unroll
     for (int j = 0; j < KEYS / 16; j++) {
-        if (hidden(j)) continue;
+        if (hidden(j, M - 1)) continue;
         u32 p[M][4];
 #pragma unroll
         for (int m = 0; m < M; m++) {
@@ -235,6 +238,7 @@ DEVICE void attend(Attention<M> &state, const u32 (&q)[M][D / 16][4], u32 keys, 
             ldmatrix_transposed(v, (values ^ 32 * d) + 16 * ROW * j);
 #pragma unroll
             for (int m = 0; m < M; m++) {
+                if (hidden(j, m)) continue;
                 mma<T>(state.o[m][2 * d], p[m], v[0], v[1]);
                 mma<T>(state.o[m][2 * d + 1], p[m], v[2], v[3]);
             }
@@ -397,7 +401,7 @@ DEVICE void patch_attention(const PatchAttention &args) {
             load_queries<M>(q, slot + warp * 16 * M * ROW, args.flip);
             state = Attention<M>{};
 #pragma unroll
-            for (int i = 0; i < 2 * M; i++) state.base[i / 2][i % 2] = -INFINITE;
+            for (int i = 0; i < 2 * M; i++) state.base[i / 2][i % 2] = minus_infinity();
         } else if (step <= key_tiles) {
             int key = (step - 1) * KEYS;
             u32 values = slot + KEYS * ROW;
@@ -431,10 +435,10 @@ DEVICE void patch_attention(const PatchAttention &args) {
 }
 
 // M: 16 queries a warp, M times; COLUMNS: channels, padded.
-#define PATCH_ATTENTION(T, M, COLUMNS, blocks_per_sm)                                       \
-    FLOWOPS_KERNEL(causal_patch_attention_##T##_m##M##_c##COLUMNS, PatchAttention, THREADS, \
-                   blocks_per_sm) {                                                         \
-        patch_attention<T, M, COLUMNS>(args);                                               \
+#define PATCH_ATTENTION(T, M, COLUMNS, blocks_per_sm)                                           \
+    FLOWOPS_KERNEL(causal_patch_attention_fwd_##T##_m##M##_c##COLUMNS, PatchAttention, THREADS, \
+                   blocks_per_sm) {                                                             \
+        patch_attention<T, M, COLUMNS>(args);                                                   \
     }
 
 PATCH_ATTENTION(bf16, 1, 16, 3)

@@ -45,7 +45,7 @@ def causal_patch_attention_fwd(q, k, v, weight, bias, x, reverse: bool, scale: f
                 q, k, v, weight, bias, x, reverse, scale
             )
     (B, T, H, _), C = q.shape, x.shape[2]
-    columns = next(c for c in _COLUMNS if C <= c)
+    columns = next(c for c in _COLUMNS if c >= C)
     # Twice 16 queries a warp, where registers and tokens suffice, halve what shared memory is read.
     rows = 2 if columns == 16 and T > 16 * WARPS else 1
     tiles = -(-T // (16 * WARPS * rows))
@@ -54,7 +54,7 @@ def causal_patch_attention_fwd(q, k, v, weight, bias, x, reverse: bool, scale: f
     has_scale = weight.shape[0] != C
     partial = lse.new_empty((B, tiles)) if has_scale else None
     launch(
-        *("attention", f"causal_patch_attention_{TAGS[q.dtype]}_m{rows}_c{columns}"),
+        *("attention", f"causal_patch_attention_fwd_{TAGS[q.dtype]}_m{rows}_c{columns}"),
         *((tiles, min(B, _MOST), -(-B // _MOST)), 32 * WARPS),
         (
             *(q, k, v, weight, bias, x, z, partial, o, lse, B, T, H, C),

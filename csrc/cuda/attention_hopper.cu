@@ -4,23 +4,23 @@
 //
 // A block owns 128 queries of an image at a time: two warpgroups have 64 each, the third brings the
 // data. It copies q and the rows of the weight of a head ahead of use (two slots), and keys and
-// values 64 at a time (four). The consumers walk the heads: scores by wgmma from shared memory, a
+// values 64 at a time (six). The consumers walk the heads: scores by wgmma from shared memory, a
 // running softmax, probabilities as the left operand in registers; the head's o, rounded, is again
 // a left operand, against the head's columns of the weight. So the parameters of the affine step
 // are complete after the last head and have never left the registers. The product of one tile of
 // probabilities runs while the next tile's softmax does, and the two consumers run beside each
 // other.
 //
-// What bounds it: up to some 300 tokens memory, 8 bytes a token, head and channel of it (q, k, v
-// in, o out) for 2 T flops; beyond, the exponentials (16 a clock and processor) as much as the
-// products.
+// What bounds it: memory up to some hundred tokens, 8 bytes a token, head and channel (q, k, v in,
+// o out) for 2 T flops; from about a thousand on the softmax, whose exponentials (16 a clock and
+// processor) and other instructions take twice as long as the products.
 #include "hopper.cuh"
 
 struct PatchAttention {
     const void *q, *k, *v, *weight, *bias, *x;
     void *z, *partial, *o, *lse;
     i64 B, T, H, C, has_scale, reverse, wide_x, negative;
-    double scale;  // at least 0, of scores in units of log 2
+    double scale;  // positive: |scale| / ln 2, for exp2
     i64 stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh;
     i64 stride_vb, stride_vt, stride_vh, stride_w, stride_xb, stride_xt;
 };
@@ -30,6 +30,7 @@ constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr int STAGES = 6, SLOTS = 2;
 // 168 a thread at the start, the most that 3 warpgroups can have alike; 40 + 2 * 232 <= 3 * 168.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(2 * D == ROW);
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168);
 
 // --- shared memory ------------------------------------------------------------------------------
@@ -47,15 +48,6 @@ struct Shared {
     static constexpr int k = weight + SLOTS * N * ROW, v = k + STAGES * KEYS * ROW;
     static constexpr int barriers = v + STAGES * KEYS * ROW, bytes = barriers + Barriers::bytes;
     static_assert(bytes <= 227 << 10);
-};
-
-// Where a ring of slots is: the next one, and the parity of its phase.
-template <int COUNT>
-struct Ring {
-    u32 slot = 0, parity = 0;
-    DEVICE void advance() {
-        if (++slot == COUNT) slot = 0, parity ^= 1;
-    }
 };
 
 // --- what a block does when ---------------------------------------------------------------------
@@ -138,27 +130,6 @@ DEVICE void produce(const PatchAttention &args, u32 base) {
 
 // --- the arithmetic of the consumers ------------------------------------------------------------
 
-// A thread has the same two rows of all tiles, `row` and row + 8 of its warpgroup's 64, and in each
-// the columns 8 j + column and the next one (see wgmma).
-struct Lane {
-    int row, column;
-};
-
-DEVICE Lane lane_at() {
-    int thread = threadIdx.x % WARPGROUP;
-    return {thread / 32 * 16 + thread % 32 / 4, thread % 4 * 2};
-}
-
-// The largest, or the sum, over the four threads that share a row.
-DEVICE float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-DEVICE float row_sum(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 // The running softmax of two rows: largest score, and this thread's share of the sum.
 struct Softmax {
     float m[2], l[2];
@@ -202,19 +173,6 @@ struct Softmax {
     }
 };
 
-template <int COUNT>
-DEVICE void multiply_rows(float (&d)[COUNT], const float (&by)[2]) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) d[i] *= by[i / 2 % 2];
-}
-
-// An accumulator as a left operand.
-template <class T>
-DEVICE void as_left(const float (&d)[32], u32 (&a)[4][4]) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) a[i / 4][i % 4] = pack(T(), d[2 * i], d[2 * i + 1]);
-}
-
 // Scores of 64 queries and 64 keys.
 template <class T>
 DEVICE void scores(float (&s)[32], u32 q, u32 k) {
@@ -252,11 +210,6 @@ DEVICE void store_o(const u32 (&o)[4][4], unsigned char *shared, const Lane &lan
         if (row < limit) store_vec(to + row * stride + piece * 8, values);
     }
     __syncwarp();
-}
-
-DEVICE void arrive_once_a_warp(u32 barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }
 
 // The affine step with the parameters of 64 tokens from `first` on, which move the tokens after

@@ -47,7 +47,7 @@ def shared_bytes(rows: int) -> int:
 def causal_patch_attention_fwd(q, k, v, weight, bias, x, reverse: bool, scale: float):
     """``(z, logdet, o, lse)``. weight ``[2C, HD]`` or ``[C, HD]``."""
     (B, T, H, _), C = q.shape, x.shape[2]
-    rows = next(rows for rows in ROWS if 2 * C <= rows)
+    rows = next(rows for rows in ROWS if rows >= 2 * C)
     tiles, has_scale = -(-T // BLOCK), weight.shape[0] != C
     z, o = x.new_empty(x.shape), q.new_empty(q.shape)
     lse = q.new_empty((B, H, T), dtype=torch.float32)

@@ -44,18 +44,6 @@ DEVICE u32 packets_of(u32 elements) {
 // Packets that a row of h takes in memory: whole warps read it.
 DEVICE u32 pitch_of(u32 W) { return (packets_of<float>(W) + 31) / 32 * 32; }
 
-// Outputs [first, last) of a product: those of one block, in whole packets.
-struct Share {
-    u32 first, last;
-};
-
-template <class Out>
-DEVICE Share share_of(u32 outputs, u32 block, u32 blocks) {
-    u64 packets = packets_of<Out>(outputs);
-    u32 first = packets * block / blocks, last = packets * (block + 1) / blocks;
-    return {first * PER_PACKET<Out>, min(last * PER_PACKET<Out>, outputs)};
-}
-
 // Blocks that take part: those that own something of every product in a layer. Each of them waits
 // for all others several times a layer, so that none overwrites what another one still reads.
 template <class T>
@@ -63,10 +51,42 @@ DEVICE u32 blocks_of(const DecodeArgs &a) {
     return min(min(u32(gridDim.x), packets_of<float>(a.W)), packets_of<T>(a.E));
 }
 
-// Rows of a matrix [N, K] in 16-byte slots.
+// --- products -----------------------------------------------------------------------------------
+
+// Those of a layer, in their order, and the one after the last layer.
+enum Product : u32 { QKV, PROJ, UP, DOWN, OUT };
+
+// Of products in all: four a layer and OUT.
+DEVICE Product product_of(u32 i, u32 L) { return i == 4 * L ? OUT : static_cast<Product>(i % 4); }
+
+// A weight matrix [N, K], and this block's outputs of it, [first, last): whole packets.
 template <class T>
-DEVICE u32 row_slots(u32 K) {
-    return K * sizeof(T) / sizeof(Quad);
+struct Matrix {
+    const T *weights;
+    const float *bias;
+    u32 K, per_packet, first, last;
+
+    // A row in 16-byte slots.
+    DEVICE u32 slots() const { return K * sizeof(T) / sizeof(Quad); }
+};
+
+template <class T>
+DEVICE Matrix<T> matrix_of(const DecodeArgs &a, Product which, u32 layer, u32 block, u32 blocks) {
+    u32 W = a.W, E = a.E, N = W, K = W, per = PER_PACKET<float>;
+    const void *weights = a.proj;
+    const float *bias = a.proj_bias;
+    if (which == QKV) N = 3 * W, per = PER_PACKET<T>, weights = a.qkv, bias = a.qkv_bias;
+    if (which == UP) N = E, per = PER_PACKET<T>, weights = a.up, bias = a.up_bias;
+    if (which == DOWN) K = E, weights = a.down, bias = a.down_bias;
+    if (which == OUT) N = a.P, layer = 0, weights = a.w_out, bias = a.b_out;
+    u32 packets = (N + per - 1) / per;
+    u32 first = packets * block / blocks * per, last = packets * (block + 1) / blocks * per;
+    return {static_cast<const T *>(weights) + u64(layer) * N * K,
+            bias + layer * N,
+            K,
+            per,
+            first,
+            min(last, N)};
 }
 
 // --- packets ------------------------------------------------------------------------------------
@@ -97,6 +117,7 @@ DEVICE Quad wait_for(const Quad *at, Quad q, u32 epoch) {
 // use(i, words, whether it was sent). With a pitch of whole warps, all lanes come to `use`.
 template <class Use>
 DEVICE void gather(const Quad *from, u32 count, u32 pitch, u32 real, u32 epoch, Use use) {
+#pragma unroll 1
     for (u32 first = threadIdx.x; first < count; first += BATCH * WORKERS) {
         Quad q[BATCH];
         bool sent[BATCH];

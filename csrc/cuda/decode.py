@@ -80,7 +80,8 @@ def _blocks(s: Sizes, device: torch.device) -> int:
 def _shared_limit(device: torch.device) -> int:
     if device.type == "cpu":
         return EMULATED_SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # Of which the assembler reserves 1 KB on some devices.
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
 
 
 def reason(z, weights, embed, heads: int, window: int) -> str | None:

@@ -7,7 +7,7 @@
 #pragma once
 #include "decode.cuh"
 
-constexpr float INF = __builtin_huge_valf();
+DEVICE float minus_infinity() { return as_float(0xff800000u); }
 
 struct Heads {
     u32 D, heads, pairs, spans;  // pairs: rows times heads
@@ -29,7 +29,7 @@ DEVICE float warp_max(float x) {
 }
 
 // 2^(x - top), where top is the largest of some x. If all are -inf, or NaN, those remain.
-DEVICE float exp2_below(float x, float top) { return exp2f(top == -INF ? x : x - top); }
+DEVICE float exp2_below(float x, float top) { return exp2f(top == minus_infinity() ? x : x - top); }
 
 // Keys [first, last) of the cache that are in sight of place, on their way to the L2 cache.
 template <class T>
@@ -94,7 +94,7 @@ DEVICE Pair<T> load_pair(const T *keys, const T *values, u32 D, u32 key, u32 ste
 
 // A softmax under way: the largest score (base 2), the weights' sum and the weighted values.
 struct Softmax {
-    float top = -INF, weight = 0, sum[8] = {};
+    float top = minus_infinity(), weight = 0, sum[8] = {};
 };
 
 DEVICE float dot8(const float (&x)[8], const float (&y)[8]) {
@@ -115,7 +115,7 @@ DEVICE void take_in(Softmax &s, const Pair<T> &pair, const float (&query)[8], u3
         score[i] = dot8(query, values);
         for (u32 lanes = group / 2; lanes > 0; lanes /= 2)
             score[i] += __shfl_xor_sync(0xffffffffu, score[i], lanes);
-        if (key + i * step >= end) score[i] = -INF;
+        if (key + i * step >= end) score[i] = minus_infinity();
         top = fmaxf(top, score[i]);
     }
     float before = exp2_below(s.top, top);
@@ -157,7 +157,7 @@ DEVICE void send_unit(const DecodeArgs &a, const Heads &h, u32 unit, const float
     u32 lane = threadIdx.x % 32, item = threadIdx.x / 32 * LANES + lane, width = h.D + 2;
     u32 ahead = h.spans > 1 ? 3 : 0;  // a packet of its own for score and weight
     if (threadIdx.x / 32 * LANES >= h.D + ahead) return;
-    float mine = lane < WARPS ? warps[lane * width] : -INF, top = warp_max(mine);
+    float mine = lane < WARPS ? warps[lane * width] : minus_infinity(), top = warp_max(mine);
     float share = exp2_below(mine, top), weight = 0, sum = 0;
     bool inside = lane < LANES && item < h.D + ahead, value = inside && item >= ahead;
     for (u32 i = 0; i < WARPS; i++) {
@@ -226,7 +226,7 @@ DEVICE void merge_spans(const DecodeArgs &a, u32 place, u32 epoch, u32 block, u3
     u32 lane = threadIdx.x % 32, count = h.pairs * h.packets;
     for (u32 i = block + threadIdx.x / 32 * blocks; i < count; i += WARPS * blocks) {
         u32 pair = i / h.packets, packet = i % h.packets;
-        float top = -INF, weight = 0, sum[3] = {};
+        float top = minus_infinity(), weight = 0, sum[3] = {};
         for (u32 span = lane; span < h.spans; span += 32) {
             const Quad *part = a.parts + i64(span * h.pairs + pair) * (h.packets + 1);
             Quad q = load_packet(part), v = load_packet(part + 1 + packet);

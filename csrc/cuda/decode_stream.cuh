@@ -38,14 +38,14 @@ DEVICE Ring ring_of(const DecodeArgs &a) {
         reinterpret_cast<Quad *>(shared_memory()), u32(a.ring), 0, 0, swap, counters, counters + 1};
 }
 
-// Rows of a matrix that are copied at once, and that are multiplied at once: tile rows are whole
-// packets, and a tile and a piece fit in the ring.
+// Rows of a matrix that are copied at once, and that are multiplied at once: whole packets of
+// outputs, so that a tile and a piece fit in the ring.
 DEVICE u32 piece_rows(u32 slots) { return slots < PIECE ? PIECE / slots : 1; }
 
-template <class Out>
-DEVICE u32 tile_rows(const DecodeArgs &a, u32 slots) {
-    constexpr u32 PER = PER_PACKET<Out>, MOST = 16 / PER * PER;
-    return min(MOST, (u32(a.ring) / slots - piece_rows(slots)) / PER * PER);
+template <class T>
+DEVICE u32 tile_rows(const DecodeArgs &a, const Matrix<T> &m) {
+    u32 fit = u32(a.ring) / m.slots() - piece_rows(m.slots());
+    return min(16u, fit) / m.per_packet * m.per_packet;
 }
 
 // --- the warp that copies -----------------------------------------------------------------------
@@ -73,11 +73,10 @@ struct Feeder {
         for (int i = 0; i < PIECES; i++) ends[i] = ring.position;
     }
 
-    // Rows of a matrix [., K].
     template <class T>
-    DEVICE void feed(const void *matrix, Share rows, u32 K) {
-        u32 slots = row_slots<T>(K), count = rows.last - rows.first, at_once = piece_rows(slots);
-        const Quad *from = static_cast<const Quad *>(matrix) + u64(rows.first) * slots;
+    DEVICE void feed(const Matrix<T> &m) {
+        u32 slots = m.slots(), count = m.last - m.first, at_once = piece_rows(slots);
+        const Quad *from = reinterpret_cast<const Quad *>(m.weights) + u64(m.first) * slots;
         u32 base = shared_address(ring.slots);
         for (u32 first = 0; first < count; first += at_once) {
             u32 end = min(first + at_once, count);
@@ -100,18 +99,10 @@ struct Feeder {
 template <class T>
 DEVICE void stream_weights(const DecodeArgs &a, u32 block, u32 blocks) {
     Feeder feeder{ring_of<T>(a), evict_first(), threadIdx.x % 32, {}};
-    u32 W = a.W, E = a.E, P = a.P;
-    Share qkv = share_of<T>(3 * W, block, blocks), up = share_of<T>(E, block, blocks);
-    Share own = share_of<float>(W, block, blocks), out = share_of<float>(P, block, blocks);
-    for (i64 step = 0; step + 1 < a.T; step++) {
-        for (i64 layer = 0; layer < a.L; layer++) {
-            feeder.feed<T>(static_cast<const T *>(a.qkv) + layer * 3 * a.W * a.W, qkv, W);
-            feeder.feed<T>(static_cast<const T *>(a.proj) + layer * a.W * a.W, own, W);
-            feeder.feed<T>(static_cast<const T *>(a.up) + layer * a.E * a.W, up, W);
-            feeder.feed<T>(static_cast<const T *>(a.down) + layer * a.W * a.E, own, E);
-        }
-        feeder.feed<T>(a.w_out, out, W);
-    }
+    for (u32 place = 0; place + 1 < a.T; place++)
+#pragma unroll 1
+        for (u32 i = 0; i <= 4 * u32(a.L); i++)
+            feeder.feed(matrix_of<T>(a, product_of(i, a.L), i / 4, block, blocks));
     feeder.flush();
 }
 
@@ -148,13 +139,12 @@ struct Part {
     float *sums;
 };
 
-// A warp's share of the K terms, 32 at a time, by R <= ROWS rows of the batch. Lane 4 g + t has
-// weight rows g and g + 8 and terms 8 t.. of the 32. A function of its own: it stands in five
-// places.
+// A warp's share of the K terms, 32 at a time, by up to ROWS rows of the batch. Lane 4 g + t has
+// weight rows g and g + 8 and terms 8 t.. of the 32.
 template <int ROWS>
-__device__ __noinline__ void multiply(Part<bf16> p) {
+DEVICE void multiply(const Part<bf16> &p) {
     constexpr int TILES = ROWS / 8;
-    u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, slots = row_slots<bf16>(p.K);
+    u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, slots = p.K / 8;
     float sum[TILES][2][4] = {};  // two chains of products
     for (u32 k = threadIdx.x / 32 * 32 + 8 * t; k - 8 * t < p.K; k += 32 * WARPS) {
         Quad low[1], high[1];
@@ -182,9 +172,10 @@ __device__ __noinline__ void multiply(Part<bf16> p) {
         }
 }
 
+// For rows of the batch from `start` on.
 template <int ROWS>
-__device__ __noinline__ void multiply(Part<float> p) {
-    u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, slots = row_slots<float>(p.K);
+DEVICE void multiply(const Part<float> &p, u32 start) {
+    u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, slots = p.K / 4;
     float sum[2][ROWS] = {};
     for (u32 k = threadIdx.x / 32 * 32 + 8 * t; k < p.K; k += 32 * WARPS) {
         float w[2][8];
@@ -197,8 +188,8 @@ __device__ __noinline__ void multiply(Part<float> p) {
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            if (u32(r) >= p.R) break;
-            const Quad *x = reinterpret_cast<const Quad *>(p.in.at + r * p.in.pitch + k);
+            if (start + r >= p.R) break;
+            const Quad *x = reinterpret_cast<const Quad *>(p.in.at + (start + r) * p.in.pitch + k);
             Quad both[2] = {x[0], x[1]};
             float values[8];
             widen8(both, values);
@@ -215,16 +206,15 @@ __device__ __noinline__ void multiply(Part<float> p) {
             float whole = sum[half][r];
             whole += __shfl_xor_sync(0xffffffffu, whole, 1);
             whole += __shfl_xor_sync(0xffffffffu, whole, 2);
-            if (t == 0 && u32(r) < p.R) p.sums[(g + 8 * half) * p.R + r] = whole;
+            if (t == 0 && start + r < p.R) p.sums[(g + 8 * half) * p.R + start + r] = whole;
         }
 }
 
 DEVICE void multiply_rows(const Part<bf16> &p) { p.R <= 8 ? multiply<8>(p) : multiply<16>(p); }
 DEVICE void multiply_rows(const Part<float> &p) {
-    if (p.R == 1) return multiply<1>(p);
-    if (p.R == 2) return multiply<2>(p);
-    if (p.R <= 4) return multiply<4>(p);
-    p.R <= 8 ? multiply<8>(p) : multiply<16>(p);
+    if (p.R == 1) return multiply<1>(p, 0);
+    if (p.R == 2) return multiply<2>(p, 0);
+    for (u32 start = 0; start < p.R; start += 4) multiply<4>(p, start);
 }
 
 // Outputs of a product that this thread finishes: one row of each tile, for one row of the batch.
@@ -239,36 +229,36 @@ struct Output {
     DEVICE bool inside(u32 rows, u32 R) const { return row < rows && r < R; }
 };
 
-// finish(n, r, sum, inside) for the outputs n of `share`, without bias; all lanes of a warp that
-// has any come to it. `bias` [.] is read in time; *early is its element of the first tile, by
-// `early_bias`, which is best asked for before the inputs are waited for.
-DEVICE float early_bias(const float *bias, Share share, const Output &output, u32 R) {
-    bool inside = output.inside(share.last - share.first, R);
-    return inside ? __ldg(bias + share.first + output.row) : 0.0f;
+// Bias of this thread's output in the tile at `first`.
+template <class T>
+DEVICE float bias_of(const Matrix<T> &m, u32 first, const Output &output, u32 R) {
+    return output.inside(m.last - first, R) ? __ldg(m.bias + first + output.row) : 0.0f;
 }
 
+// finish(n, r, sum, inside) for this block's outputs n; all lanes of a warp that has any come to
+// it. `bias`: of the first tile, asked for before the inputs were waited for.
 template <class T, class Finish>
-DEVICE void product(const DecodeArgs &a, Ring &ring, u32 &turn, u32 K, Share share,
-                    const Output &output, const float *bias, float early, Finish finish) {
-    u32 R = a.R, warp = threadIdx.x / 32, slots = row_slots<T>(K), tile = output.tile;
-    u32 busy = min((K + 31) / 32, u32(WARPS));
-    for (u32 first = share.first; first < share.last; first += tile, turn ^= 1) {
-        u32 rows = min(tile, share.last - first);
-        if (first > share.first) early = early_bias(bias, {first, share.last}, output, R);
+DEVICE void multiply_all(const DecodeArgs &a, Ring &ring, u32 &turn, const Matrix<T> &m,
+                         const Output &output, float bias, Finish finish) {
+    u32 R = a.R, warp = threadIdx.x / 32, tile = output.tile;
+    u32 busy = min((m.K + 31) / 32, u32(WARPS));
+    for (u32 first = m.first; first < m.last; first += tile, turn ^= 1) {
+        u32 rows = min(tile, m.last - first);
+        if (first > m.first) bias = bias_of(m, first, output, R);
         float *partial =
             reinterpret_cast<float *>(shared_memory() + a.at_partial) + turn * WARPS * 16 * R;
-        while (int(look(ring.ready) - (ring.position + rows * slots)) < 0) rest();
+        while (int(look(ring.ready) - (ring.position + rows * m.slots())) < 0) rest();
         if (warp < busy)
-            multiply_rows(Part<T>{ring, first - share.first, rows, K, R, rows_of<T>(a, K),
+            multiply_rows(Part<T>{ring, first - m.first, rows, m.K, R, rows_of<T>(a, m.K),
                                   partial + warp * 16 * R});
         meet<WORKERS>();
-        ring.advance(rows * slots);
+        ring.advance(rows * m.slots());
         if (threadIdx.x == 0) show(ring.taken, ring.position);
         if (warp * LANES >= tile * R) continue;
         bool inside = output.inside(rows, R);
-        float sum = 0;
+        float sum = bias;
         if (inside)
             for (u32 i = 0; i < busy; i++) sum += partial[(i * 16 + output.row) * R + output.r];
-        finish(first + output.row, output.r, sum + early, inside);
+        finish(first + output.row, output.r, sum, inside);
     }
 }

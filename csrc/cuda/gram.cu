@@ -253,12 +253,12 @@ DEVICE void forward_many(const GramForward &args) {
 
 // --- kernels -----------------------------------------------------------------------------------
 
-#define FEW(D, J, blocks)                                                        \
+#define FEW(D, J, blocks)                                                     \
     FLOWOPS_KERNEL(gram_few_d##D##_o##J##_scalar, GramForward, 256, blocks) { \
-        forward_few<D, J / 8, false>(args);                              \
-    }                                                                    \
+        forward_few<D, J / 8, false>(args);                                   \
+    }                                                                         \
     FLOWOPS_KERNEL(gram_few_d##D##_o##J##_vector, GramForward, 256, blocks) { \
-        forward_few<D, J / 8, true>(args);                               \
+        forward_few<D, J / 8, true>(args);                                    \
     }
 
 FEW(2, 16, 2)

@@ -280,6 +280,7 @@ template <class A, class B>
 DEVICE void square_of_differences(float (&S)[4], u32 features, const float *scale, A a, B b) {
 #pragma unroll
     for (int i = 0; i < 4; i++) S[i] = 0;
+#pragma unroll 1
     for (u32 d = 0; d < features; d++) {
         float f = scale[d], left[2] = {a(0, d), a(1, d)}, right[2] = {b(0, d), b(1, d)};
 #pragma unroll

@@ -122,23 +122,23 @@ def backward_plan(problem: Problem) -> Plan | str:
         features = 8 if outputs == 32 else features
         kernel = f"gram_backward_few_d{features}_o{outputs}"
         warps = -(-M // 32)
-        floats = _ROWS * (12 + outputs + 4 + warps * features) + warps * features + features
+        floats = (32 * warps + _ROWS) * (12 + outputs + 4) + _ROWS * warps * features
+        floats += (warps + 1) * features
     else:
         sizes = ((16, 32), (32, 64), (64, 128))
-        features, outputs = next((s for s in sizes if D <= s[0] and O <= s[1]), (0, 0))
-        if not features:
-            return f"the gradients of {D} features and {O} outputs are more than 64 and 128"
         if problem.suffix() == "differences":
-            features, outputs = sizes[-1]
+            sizes = (sizes[0], sizes[2])
+        fitting = [size for size in sizes if size[0] >= D and size[1] >= O]
+        if not fitting:
+            return f"gradients of {D} features and {O} outputs: there are kernels to 64 and 128"
+        features, outputs = fitting[0]
         kernel = f"gram_backward_many_d{features}_o{outputs}"
-        warps = -(-M // 16)
-        most = 12 if features == 64 else 16
+        warps, most = -(-M // 16), 12 if features == 64 else 16
         if warps > most:
-            return f"the gradients of {D} features and {O} outputs fit {16 * most} points, not {M}"
+            return f"gradients of {D} features and {O} outputs are for {16 * most} points, not {M}"
         points, width = 16 * warps, _padded(D, 8)
-        wide = width + 4 + _padded(O, 8) + 4
-        floats = (points + _ROWS) * (wide + 1) + points * (_ROWS + 4) + 2 * width
-        floats += warps * (width + _ROWS // 8)
+        floats = (points + _ROWS) * (features + 4 + outputs + 4 + 1) + points * (_ROWS + 4)
+        floats += 2 * width + warps * (width + _ROWS // 8)
     if 4 * floats > shared_limit(problem.device):
         return _too_large(problem, 4 * floats)
     return Plan(f"{kernel}_{problem.suffix()}", warps, 4 * floats)
@@ -211,7 +211,8 @@ def _backward(grad, x, z, w, lengthscale, kernel, precision):
     partial = x.new_empty((chunks, M * (D + O) + squares), dtype=torch.float32)
     dx, dz, dw, dl = (t.new_empty(t.shape) for t in (x, z, w, lengthscale))
     launch(
-        *("gram_backward", plan.kernel, chunks, 32 * plan.warps),
+        *("gram_backward" if problem.name() == "few" else "gram_backward_many", plan.kernel),
+        *(chunks, 32 * plan.warps),
         (
             *_gram(x, z, w, lengthscale, kernel, False),
             *(*_matrix(grad), *_matrix(dx), partial, rows),

@@ -182,3 +182,53 @@ DEVICE float exp2_approx(float x) {
 FLOWOPS_WGMMA_TYPE(bf16, "bf16")
 FLOWOPS_WGMMA_TYPE(f16, "f16")
 #endif
+
+// --- with both ----------------------------------------------------------------------------------
+
+// Where a ring of slots is: the next one, and the parity of its phase.
+template <int COUNT>
+struct Ring {
+    u32 slot = 0, parity = 0;
+    DEVICE void advance() {
+        if (++slot == COUNT) slot = 0, parity ^= 1;
+    }
+};
+
+DEVICE void arrive_once_a_warp(u32 barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
+// Of an accumulator a thread has two rows, `row` and row + 8 of the 64, and in each the columns
+// 8 j + column and the next one.
+struct Lane {
+    int row, column;
+};
+
+DEVICE Lane lane_at() {
+    int thread = threadIdx.x % WARPGROUP;
+    return {thread / 32 * 16 + thread % 32 / 4, thread % 4 * 2};
+}
+
+// The largest, or the sum, over the four threads that share a row.
+DEVICE float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+DEVICE float row_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <int COUNT>
+DEVICE void multiply_rows(float (&d)[COUNT], const float (&by)[2]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) d[i] *= by[i / 2 % 2];
+}
+
+// An accumulator as a left operand.
+template <class T>
+DEVICE void as_left(const float (&d)[32], u32 (&a)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) a[i / 4][i % 4] = pack(T(), d[2 * i], d[2 * i + 1]);
+}

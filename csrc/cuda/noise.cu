@@ -1,7 +1,7 @@
 // The op of flowops/noise.py: words, uniforms and normals of the noise contract for a matrix.
 //
-// Bound: words and uniforms by writing. Normals take some 190 instructions for 16 bytes, more than
-// an H100 can issue in the time that it takes to write them: they are bound by instructions.
+// Bound: words and uniforms by writing. Normals are some 190 instructions for 16 bytes, which an
+// H100 issues at the rate at which it writes if no cycle is lost: they are bound by instructions.
 #include "noise_tiles.cuh"
 
 struct Noise {

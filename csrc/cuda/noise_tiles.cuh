@@ -11,8 +11,8 @@
 constexpr int THREADS = 256;
 constexpr int MARGIN = 32;  // bytes before and behind a tile, of which a group takes three elements
 
-// The same value in a register: the compiler would work it out anew at every use, of which many are
-// under conditions of their own.
+// The same value or address, in a register: the compiler would work it out anew at every use, of
+// which many are under conditions of their own, and would split some vector accesses.
 DEVICE u64 settled(u64 value) {
 #ifndef FLOWOPS_EMULATE
     asm("" : "+l"(value));
@@ -20,7 +20,7 @@ DEVICE u64 settled(u64 value) {
     return value;
 }
 template <class T>
-DEVICE const T *settled_global(const T *address) {
+DEVICE T *settled_global(T *address) {
 #ifndef FLOWOPS_EMULATE
     asm("" : "+l"(address));
     __builtin_assume(__isGlobal(address));
@@ -78,14 +78,12 @@ DEVICE void for_tiles(T *out, u64 rows, u32 width, u32 length, Fill fill) {
         fill(Tile{begin, end, count}, shared);
         __syncthreads();
         T *to = out + first;
-        for (u32 i = threadIdx.x * V; i < count; i += THREADS * V) {
-            if (i + V <= count) {
-                store_vec(to + i, load_vec<T, V>(shared + i));
-            } else {
+        u32 vectors = count / V;
 #pragma unroll 1
-                for (u32 j = i; j < count; j++) to[j] = shared[j];
-            }
-        }
+        for (u32 i = threadIdx.x; i < vectors; i += THREADS)
+            store_vec(settled_global(to + i * V), load_vec<T, V>(shared + i * V));
+#pragma unroll 1
+        for (u32 i = vectors * V + threadIdx.x; i < count; i += THREADS) to[i] = shared[i];
         __syncthreads();
     }
 }

@@ -1,9 +1,10 @@
 // The op of flowops/padding.py: out = concat(x + data_scale eps, pad_scale eps), the noise drawn on
 // the way. Where the data takes none, only the groups that reach into the padding are drawn.
 //
-// Bound: without noise on the data by memory, x once and out once: the rest takes a quarter of the
-// instructions that an H100 issues meanwhile. With it every group of four columns is drawn, in
-// about 230 instructions, which for fp32 takes as long as moving their 32 bytes does.
+// Bound, for fp32 on an H100: without noise on the data by memory, x once and out once; the rest is
+// a third of the instructions that can be issued meanwhile. With it every group of four columns is
+// drawn, some 250 instructions for the 32 bytes it moves: three quarters of those that can be
+// issued, so by memory still, but not by far; in 16 bits by instructions.
 #include "noise_tiles.cuh"
 
 struct PadNoise {
@@ -27,8 +28,8 @@ DEVICE void copy_data(const PadNoise &args, const Tile &tile, X *to) {
     constexpr u32 STEP = THREADS * V;
     u32 D = args.D, width = args.width, pad = width - D;
     const X *x = static_cast<const X *>(args.x) + tile.begin.row * args.stride;
-    // Elements of x, counted as if it had no gaps; those of the tile and what a vector has beyond
-    // it.
+    // Of the elements of x, counted as if it had no gaps, those that belong into the tile. Vectors
+    // may begin before and reach beyond them.
     u64 first = (tile.begin.row * D + min(tile.begin.column, D)) / V * V;
     u32 end = tile.end.row * D + min(tile.end.column, D) - first;
     u32 there = min(u64(args.N) * D - first, u64(end) + V);
@@ -68,7 +69,7 @@ DEVICE void copy_data(const PadNoise &args, const Tile &tile, X *to) {
     }
 }
 
-// The tile out, noise on all of it.
+// Noise on data and padding.
 template <class X>
 DEVICE void noise_everywhere(const PadNoise &args) {
     using C = Compute<X>;
@@ -97,7 +98,7 @@ DEVICE void noise_everywhere(const PadNoise &args) {
     });
 }
 
-// The tile out, noise on the padding alone.
+// Noise on the padding alone.
 template <class X, int V>
 DEVICE void noise_on_padding(const PadNoise &args) {
     using C = Compute<X>;
@@ -123,10 +124,10 @@ DEVICE void noise_on_padding(const PadNoise &args) {
     FLOWOPS_KERNEL(pad_noise_everywhere_##tag, PadNoise, THREADS, 5) {        \
         noise_everywhere<X>(args);                                            \
     }                                                                         \
-    FLOWOPS_KERNEL(pad_noise_on_padding_##tag##_v1, PadNoise, THREADS, 4) {   \
+    FLOWOPS_KERNEL(pad_noise_on_padding_##tag##_v1, PadNoise, THREADS, 3) {   \
         noise_on_padding<X, 1>(args);                                         \
     }                                                                         \
-    FLOWOPS_KERNEL(pad_noise_on_padding_##tag##_v##V, PadNoise, THREADS, 4) { \
+    FLOWOPS_KERNEL(pad_noise_on_padding_##tag##_v##V, PadNoise, THREADS, 3) { \
         noise_on_padding<X, V>(args);                                         \
     }
 

@@ -24,7 +24,7 @@ def pad_noise_fwd(
     (N, D), tag = x.shape, TAGS[x.dtype]
     out = x.new_empty((N, D + pad))
     if isinstance(data_scale, float) and data_scale == 0:
-        kernel, blocks = f"pad_noise_on_padding_{tag}_v{_vector(x)}", 4
+        kernel, blocks = f"pad_noise_on_padding_{tag}_v{_vector(x)}", 3
     else:
         kernel, blocks = f"pad_noise_everywhere_{tag}", 5
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
