@@ -35,10 +35,11 @@ static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUM
 
 // --- shared memory ------------------------------------------------------------------------------
 
-// Barriers of 8 bytes: of a stage with keys and values, of a slot with queries and weight.
+// Barriers of 8 bytes: of a stage with keys and values, of a slot with queries and weight. There is
+// none for a slot that is full: the first stage after it is not before.
 struct Barriers {
-    static constexpr u32 full = 0, empty = full + 8 * STAGES, head_full = empty + 8 * STAGES;
-    static constexpr u32 head_empty = head_full + 8 * SLOTS, bytes = head_empty + 8 * SLOTS;
+    static constexpr u32 full = 0, empty = full + 8 * STAGES, head_empty = empty + 8 * STAGES;
+    static constexpr u32 bytes = head_empty + 8 * SLOTS;
 };
 
 // N rows of the weight: half of them for the log-scales, half for the shifts, zeros behind both.
@@ -99,7 +100,6 @@ DEVICE void produce(const PatchAttention &args, u32 base) {
         const T *weight = static_cast<const T *>(args.weight);
         q += unit.first * args.stride_qt;
         for (int h = 0; h < args.H; h++) {
-            u32 full = barriers + Barriers::head_full + 8 * head.slot;
             mbarrier_wait(barriers + Barriers::head_empty + 8 * head.slot, head.parity ^ 1);
             copy_rows<T, BLOCK>(base + At::q + head.slot * BLOCK * ROW, q, args.stride_qt,
                                 args.T - unit.first);
@@ -108,7 +108,6 @@ DEVICE void produce(const PatchAttention &args, u32 base) {
             copy_rows<T, N / 2>(to, weight, args.stride_w, scales);
             copy_rows<T, N / 2>(to + N / 2 * ROW, weight + scales * args.stride_w, args.stride_w,
                                 args.C);
-            copies_arrive(full);
             head.advance();
 #pragma unroll 1
             for (int tile = 0; tile < unit.tiles; tile++) {
@@ -278,7 +277,6 @@ DEVICE void consume(const PatchAttention &args, unsigned char *shared, u32 base)
             u32 p[4][4];
             Softmax softmax = {{-as_float(0x7f800000u), -as_float(0x7f800000u)}, {0, 0}};
 
-            mbarrier_wait(barriers + Barriers::head_full + 8 * head.slot, head.parity);
             mbarrier_wait(full(), stage.parity);
             fence_proxy_async();
             pin(s);
@@ -373,7 +371,6 @@ DEVICE void forward(const PatchAttention &args) {
             mbarrier_init(barriers + Barriers::empty + 8 * i, CONSUMERS * WARPGROUP / 32);
         }
         for (int i = 0; i < SLOTS; i++) {
-            mbarrier_init(barriers + Barriers::head_full + 8 * i, WARPGROUP);
             mbarrier_init(barriers + Barriers::head_empty + 8 * i, CONSUMERS * WARPGROUP / 32);
         }
     }

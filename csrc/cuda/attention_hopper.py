@@ -40,8 +40,8 @@ def takes(q, k, v, weight, bias, x) -> bool:
 
 def shared_bytes(rows: int) -> int:
     """As ``Shared`` in attention_hopper.cu: two slots of queries and weight, six stages of 64 keys
-    and values, a barrier of 8 bytes for the filling and one for the emptying of each."""
-    return 2 * (BLOCK + rows) * 128 + 6 * 2 * 64 * 128 + 2 * (2 + 6) * 8
+    and values, and barriers of 8 bytes: two for a stage, one for a slot."""
+    return 2 * (BLOCK + rows) * 128 + 6 * 2 * 64 * 128 + (2 * 6 + 2) * 8
 
 
 def causal_patch_attention_fwd(q, k, v, weight, bias, x, reverse: bool, scale: float):

@@ -74,8 +74,8 @@ DEVICE void copy_async(u32 to, const void *from, bool valid) {
                  : "memory");
 }
 
-// Arrives when all copies that this thread began have landed. They count as the generic proxy's:
-// who waits for them has to pass fence_proxy_async before a product reads them.
+// Arrives when all copies that this thread has ever begun have landed. They count as the generic
+// proxy's: who waits for them has to pass fence_proxy_async before a product reads them.
 DEVICE void copies_arrive(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }

@@ -1,14 +1,15 @@
 // Twins of what csrc/cuda/hopper.cuh has for the GPU.
 //
-// What is asynchronous there is late here. Copies are done piece by piece while threads wait at a
-// barrier in shared memory. A product is computed, from what shared memory holds then, when its
-// group is waited for; until then its accumulator is NaN. Reported are: products without the fences
-// that they need, accumulators and operands touched under way, descriptors of tiles that do not lie
-// as they say, arrivals too many at a barrier, work that nobody waited for.
+// What is asynchronous there is late here. Copies are done while threads wait at a barrier in
+// shared memory. A product is computed, from what shared memory holds then, when its group is
+// waited for; until then its accumulator is NaN. Reported are: products without the fences that
+// they need, accumulators and operands touched under way, descriptors of tiles that do not lie as
+// they say, arrivals too many at a barrier, work that nobody waited for.
 #pragma once
 
 #include <array>
 #include <deque>
+#include <utility>
 
 namespace emulator {
 
@@ -49,6 +50,7 @@ struct HopperThread {
     std::vector<Product> open;
     std::map<float *, Accumulator> accumulators;
     bool fenced = false, proxy_fenced = true;
+    unsigned long progress_seen = 0;
 };
 
 struct Hopper {
@@ -89,18 +91,25 @@ inline void arrive(MBarrier &barrier) {
     }
 }
 
-// Lets one copy of one thread of the block land; the next call, another thread's.
+// Lets copies land. In blocks of even index one at a time, at every chance, so that one too early
+// shows. In the others only when nothing else moves, then those of one thread up to an arrival, so
+// that one that was not waited for shows.
 inline void copy_something() {
     Hopper &all = hopper();
+    HopperThread &mine = hopper_thread();
+    bool late = current->block->index.x % 2;
+    unsigned long before = std::exchange(mine.progress_seen, progress);
+    if (late && before != progress) return;
     for (size_t i = 0, n = all.threads.size(); i < n; i++) {
         auto &copies = all.threads[(current->linear * 7 + progress + i) % n].copies;
-        if (copies.empty()) continue;
-        Copy copy = copies.front();
-        copies.pop_front();
-        progress++;
-        if (copy.barrier) return arrive(*copy.barrier);
-        std::memcpy(copy.to, copy.bytes.data(), 16);
-        return;
+        while (!copies.empty()) {
+            Copy copy = copies.front();
+            copies.pop_front();
+            progress++;
+            if (copy.barrier) return arrive(*copy.barrier);
+            std::memcpy(copy.to, copy.bytes.data(), 16);
+            if (!late) return;
+        }
     }
 }
 
