@@ -68,8 +68,8 @@ DEVICE float horner_step(float value, float x, float coefficient) {
     return plus(times(value, x), coefficient);
 }
 
-// Box-Muller on one pair of words. What the contract does with integers is done here with fewer
-// instructions and none of the slow conversions; all of it is exact, so the bits are the same.
+// Box-Muller on one pair of words. What the contract does with integers takes fewer instructions
+// here; all of it is exact, so the bits are the same.
 DEVICE void normal_pair(u32 w0, u32 w1, float &n0, float &n1) {
     constexpr u32 SQRT_HALF = 0x3f3504f3;  // its bits
     // Above the mantissa is now e; k = e - 24, from the float whose mantissa is e.
