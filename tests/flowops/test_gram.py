@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowops import (
-    coupling,
+    cuda_runtime,
     dispatch,
     gram,
     kernel_coupling,
@@ -15,7 +15,16 @@ from flowops import (
     se_gram,
     se_gram_matmul,
 )
-from helpers import ISAS, assert_close, poison, running
+from gram_checks import (
+    OPS,
+    as_tuple,
+    check_against_fp64,
+    check_far_from_zero,
+    inputs_of,
+    values_and_gradients,
+    weights_of,
+)
+from helpers import ISAS, running
 
 #: What can run on tensors of the CPU; the interpreter of Triton takes part where little is computed
 #: and has tests of its own for the rest.
@@ -26,19 +35,18 @@ BACKENDS = [
     and (b != "triton" or dispatch.interpreting())
 ]
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
-OPS = {
-    "se_gram": (se_gram, gram.se_gram_reference, "x z"),
-    "se_gram_matmul": (se_gram_matmul, gram.se_gram_matmul_reference, "x z w"),
-    "kernel_coupling": (kernel_coupling, coupling.kernel_coupling_reference, "x half z w"),
-    "kernel_coupling_inverse": (
-        *(kernel_coupling_inverse, coupling.kernel_coupling_inverse_reference),
-        "x half z w",
-    ),
-}
-
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_quick_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 interpreted = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
+by_gpu_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("triton", marks=interpreted),
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not cuda_runtime.emulating(), reason="no emulator")
+        ),
+    ],
+)
 by_kernel = pytest.mark.parametrize("kernel", gram.KERNELS)
 by_op = pytest.mark.parametrize("op", OPS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -49,6 +57,13 @@ def skip_unless_stored(backend, dtype):
     usable, reason = dispatch.can_run("se_gram", backend, x, x, x[0], "se", "fp32")
     if not usable:
         pytest.skip(reason)
+
+
+def skip_without_kernel(backend, op, inputs, kernel="se"):
+    for name, args in ((op, inputs), (f"{op}_backward", [inputs[0], *inputs])):
+        usable, reason = dispatch.can_run(name, backend, *args, kernel, "fp32")
+        if not usable:
+            pytest.skip(reason)
 
 
 def profile_of(distance, kernel):
@@ -85,64 +100,6 @@ def gram_by_hand(x, z, lengthscale, kernel):
         ],
         dtype=torch.float64,
     )
-
-
-def inputs_of(op, N, M, D, O=2, dtype=torch.float64, vector=False, apart=False):
-    """The tensors of ``op`` and a lengthscale of the size of the distances.
-
-    The sums over outputs have terms of one sign (the half that moves is above the shifts, weights
-    are positive), and if x and z are ``apart`` so have those over points: their rounding can then
-    be judged at the size of the result.
-    """
-    made = {
-        "x": torch.randn(N, D, dtype=torch.float64),
-        "z": torch.randn(M, D, dtype=torch.float64),
-        "half": torch.rand(N, O, dtype=torch.float64) + 2,
-        "w": torch.rand(M, 2 * O, dtype=torch.float64) * 2 / M,
-        "lengthscale": (torch.rand(D if vector else (), dtype=torch.float64) + 0.75) * D**0.5,
-    }
-    if apart:
-        made["x"], made["z"] = made["x"].abs(), -made["z"].abs()
-    return [made[name].to(dtype) for name in (*OPS[op][2].split(), "lengthscale")]
-
-
-def as_tuple(out):
-    return out if isinstance(out, tuple) else (out,)
-
-
-def values_and_gradients(function, inputs, weights):
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    poison(*inputs)
-    outs = as_tuple(function(*inputs))
-    loss = sum((out * w.to(out.dtype)).sum() for out, w in zip(outs, weights, strict=True))
-    poison(*inputs)
-    return (*outs, *torch.autograd.grad(loss, inputs))
-
-
-def weights_of(op, inputs, kernel):
-    outs = as_tuple(OPS[op][1](*inputs, kernel))
-    return [torch.rand(out.shape, dtype=torch.float64) + 0.1 for out in outs]
-
-
-def check_against_fp64(op, inputs, kernel, backend):
-    public, reference, _ = OPS[op]
-    weights = weights_of(op, inputs, kernel)
-    golden = values_and_gradients(
-        lambda *t: reference(*t, kernel), [t.double() for t in inputs], weights
-    )
-    plain = values_and_gradients(lambda *t: reference(*t, kernel), inputs, weights)
-    actual = values_and_gradients(
-        lambda *t: public(*t, kernel=kernel, backend=backend), inputs, weights
-    )
-    for i, (a, p, g) in enumerate(zip(actual, plain, golden, strict=True)):
-        what = f"{op} {kernel} output {i} of {[list(t.shape) for t in inputs]}"
-        assert a.dtype == p.dtype, what
-        if p.dtype == torch.float64:
-            # The golden is no wider here: it rounds as often as what it is compared with.
-            error, largest = (a - g).abs().max(), g.abs().max()
-            assert error <= 1e-13 + 1e-12 * largest, f"{what}: {error}, largest {largest}"
-        else:
-            assert_close(a, p, g, what)
 
 
 @by_backend
@@ -246,33 +203,6 @@ def test_any_shape(backend, op, kernel, N, M, D, O, vector, seed):
 @pytest.mark.parametrize("D", [1, 3, 8, 9, 40])
 def test_data_far_from_zero_are_as_accurate_as_centred_data(backend, op, kernel, D):
     check_far_from_zero(backend, op, kernel, D)
-
-
-def check_far_from_zero(backend, op, kernel, D):
-    """On a grid on which 100 is added without rounding, so that both are the same problem."""
-    public = OPS[op][0]
-    names = OPS[op][2].split()
-    inputs = inputs_of(op, 40, 30, D)
-    for i, name in enumerate(names):
-        if name in ("x", "z"):
-            inputs[i] = torch.round(inputs[i] * 2**14) / 2**14
-    centred = [t.float() for t in inputs]
-    far = [t + 100 if n in ("x", "z") else t for n, t in zip(names, centred, strict=False)]
-    far.append(centred[-1])
-    assert all(
-        torch.equal(a - 100, b)
-        for n, a, b in zip(names, far, centred, strict=False)
-        if n in ("x", "z")
-    )
-    weights = weights_of(op, inputs, kernel)
-    runs = [
-        values_and_gradients(
-            lambda *t: public(*t, kernel=kernel, backend=backend), tensors, weights
-        )
-        for tensors in (far, centred, [t.double() for t in centred])
-    ]
-    for i, (actual, plain, golden) in enumerate(zip(*runs, strict=True)):
-        assert_close(actual, plain, golden, f"output {i}")
 
 
 @by_backend
@@ -478,8 +408,9 @@ def test_points_far_apart_and_lengthscales_at_the_ends(backend, kernel, D):
         assert torch.equal(K.detach(), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
 
 
-#: Tiles are at most 64 rows and 32 points. 130 features or outputs are too wide for the kernels.
-TRITON_SHAPES = {
+#: Tiles are at most 64 rows and 32 points. 130 features or outputs are too wide for Triton's kernels
+#: and for gradients in CUDA.
+GPU_SHAPES = {
     "se_gram": [(1, 1, 1, 1), (17, 300, 3, 1), (100, 63, 9, 1), (33, 17, 40, 1), (5, 9, 130, 1)],
     "se_gram_matmul": [(1, 1, 1, 1), (150, 17, 3, 5), (63, 150, 8, 1), (17, 65, 31, 40),
                        (9, 5, 130, 3), (9, 5, 3, 70)],
@@ -489,18 +420,19 @@ TRITON_SHAPES = {
 }  # fmt: skip
 
 
-@interpreted
+@by_gpu_backend
 @pytest.mark.parametrize(
     ("op", "N", "M", "D", "O"),
-    [(op, *shape) for op, shapes in TRITON_SHAPES.items() for shape in shapes],
+    [(op, *shape) for op, shapes in GPU_SHAPES.items() for shape in shapes],
 )
-def test_triton_follows_the_fp64_reference(op, N, M, D, O):
+def test_gpu_kernels_follow_the_fp64_reference(backend, op, N, M, D, O):
+    skip_without_kernel(backend, op, inputs_of(op, N, M, D, O, torch.float32))
     kernels = gram.KERNELS if N * M * D < 10_000 else ("se", "matern52")
     for kernel, vector in zip(kernels, (False, True, True, False), strict=False):
         inputs = inputs_of(op, N, M, D, O, torch.float32, vector, apart=True)
-        check_against_fp64(op, inputs, kernel, "triton")
+        check_against_fp64(op, inputs, kernel, backend)
     inputs = inputs_of(op, N, M, D, O, torch.float16, True, apart=True)
-    check_against_fp64(op, inputs, "se", "triton")
+    check_against_fp64(op, inputs, "se", backend)
 
 
 @interpreted
@@ -521,25 +453,27 @@ def test_triton_in_double(op, kernel, N, M, D, O, vector, seed):
     check_against_fp64(op, inputs, kernel, "triton")
 
 
-@interpreted
+@by_gpu_backend
 @by_op
 @pytest.mark.parametrize(("D", "kernel"), [(3, "matern12"), (3, "se"), (20, "se")])
-def test_triton_on_data_far_from_zero(op, D, kernel):
-    check_far_from_zero("triton", op, kernel, D)
+def test_gpu_kernels_on_data_far_from_zero(backend, op, D, kernel):
+    skip_without_kernel(backend, op, inputs_of(op, 40, 30, D, dtype=torch.float32))
+    check_far_from_zero(backend, op, kernel, D)
 
 
-@interpreted
+@by_gpu_backend
 @pytest.mark.parametrize("op", ["se_gram", "se_gram_matmul"])
 @pytest.mark.parametrize("kernel", ["se", "matern32"])
 @pytest.mark.parametrize("D", [5, 20])
-def test_clusters_far_apart_on_triton(op, kernel, D):
+def test_clusters_far_apart_on_gpu_kernels(backend, op, kernel, D):
     """Norms are large beside the distances within a cluster, wherever the centre is."""
     inputs = inputs_of(op, 70, 40, D, dtype=torch.float32, apart=True)
+    skip_without_kernel(backend, op, inputs)
     towards = torch.randn(D)
     for points in inputs[:2]:
         points *= 0.3
         points[::2] += 60 * towards
-    check_against_fp64(op, inputs, kernel, "triton")
+    check_against_fp64(op, inputs, kernel, backend)
 
 
 @interpreted
@@ -576,12 +510,13 @@ def test_tf32_rounds_points_but_not_their_equality_on_triton(D):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-2 * e.abs().max().item())
 
 
-@interpreted
+@by_gpu_backend
 @by_op
-def test_mixed_dtypes_on_triton(op):
+def test_mixed_dtypes_on_gpu_kernels(backend, op):
     inputs = inputs_of(op, 20, 10, 9, 3, torch.float32, apart=True)
     inputs[-2] = inputs[-2].half()
-    check_against_fp64(op, inputs, "se", "triton")
+    skip_without_kernel(backend, op, inputs)
+    check_against_fp64(op, inputs, "se", backend)
 
 
 def test_tf32_is_accepted_and_changes_nothing_on_the_cpu():
@@ -633,7 +568,10 @@ BAD_OF_ALL = [
     ({"kernel": None}, ValueError, r"kernel: expected one of \('se', .* got None"),
     ({"precision": "bf16"}, ValueError, r"precision: expected one of \('fp32', .* got 'bf16'"),
     ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of .* got 'gpu'"),
-    ({"backend": "cuda"}, RuntimeError, "backend 'cuda' can't run {op}: "),
+    (
+        *({"backend": "cuda", "z": ones(4, 3).double()}, RuntimeError),
+        "backend 'cuda' can't run {op}: ",
+    ),
     ({"{x}": [[1.0]]}, TypeError, "{x}: expected a torch.Tensor, got list"),
     ({"{x}": ones(5, 3).long()}, TypeError, "{x}: expected a floating dtype, got torch.int64"),
     ({"{x}": ones(5, 3, 1)}, ValueError, r"{x}: expected a non-empty \[rows, D\], got"),

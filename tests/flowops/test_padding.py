@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flowops import noise_normal, pad_noise
+from flowops import cuda_runtime, noise_normal, pad_noise
 from flowops.padding import pad_noise_reference
 from helpers import ENGINES, ISAS, assert_close, poison, running
 
@@ -276,12 +276,17 @@ INF, NAN = float("inf"), float("nan")
         (ONES, 1, {"rng": torch.tensor([1, 2, 3])}, ValueError, "rng: expected int64"),
         (ONES, 1, {"rng": 42}, TypeError, "rng: expected an int64 tensor"),
         (ONES, 1, {"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of"),
-        (ONES, 1, {"backend": "cuda"}, RuntimeError, "backend 'cuda' can't run pad_noise: "),
     ],
 )
 def test_bad_inputs_are_named(x, pad, options, error, match):
     with pytest.raises(error, match="^" + match):
         pad_noise(x, pad, **options)
+
+
+def test_cuda_says_why_it_cannot_run_on_cpu_tensors(monkeypatch):
+    monkeypatch.delenv(cuda_runtime.EMULATOR, raising=False)
+    with pytest.raises(RuntimeError, match="backend 'cuda' can't run pad_noise: its tensors are"):
+        pad_noise(ONES, 1, backend="cuda")
 
 
 @pytest.mark.parametrize("name", ["pad_scale", "data_scale"])
