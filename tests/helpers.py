@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 import flowops
@@ -68,6 +69,23 @@ class Case:
             t = t.abs() + 0.5 if i in self.positive else 0.5 * t + self.offset
             made.append(t.to(dtype).requires_grad_())
         return tuple(made)
+
+
+def through(case: Case, backend: str, tensors) -> Callable:
+    """The op of a case on a backend; skips where that says why it can't take these tensors, or has
+    no kernel."""
+
+    def call(*tensors):
+        return case.public(*tensors, backend=backend)
+
+    try:
+        with torch.no_grad():
+            call(*tensors)
+    except RuntimeError as error:
+        if f"backend '{backend}' can't run" not in str(error):
+            raise
+        pytest.skip(str(error))
+    return call
 
 
 #: One for each type of device, made before any test: a copy to a GPU would wait for it.

@@ -1,7 +1,6 @@
 """What every op promises whatever it computes: derivatives, torch.library, compile, dispatch."""
 
 import functools
-import importlib.util
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flowops
 from flowops import dispatch
-from helpers import CASES, assert_close
+from helpers import CASES, assert_close, through
 from plain_decoder import random_problem
 
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-BACKENDS = ("reference", "cpu", *["triton"] * (importlib.util.find_spec("triton") is not None))
+BACKENDS = [name for name in dispatch.BACKENDS if dispatch.backend_state(name)[0]]
 
 
 def op_of(case) -> str:
@@ -29,21 +28,12 @@ def as_tuple(out):
     return out if isinstance(out, tuple) else (out,)
 
 
-def skip_unless_runs(case, backend):
-    usable, reason = dispatch.can_run(op_of(case), backend)
-    if not usable:
-        pytest.skip(reason)
-
-
 @by_case
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck_and_double_backward(case, backend):
-    skip_unless_runs(case, backend)
-    tensors, fast = case.tensors(torch.float64), backend == "triton"  # launches take milliseconds
-
-    def run(*tensors):
-        return case.public(*tensors, backend=backend)
-
+    # Launches of what is interpreted or emulated take milliseconds.
+    tensors, fast = case.tensors(torch.float64), backend in ("triton", "cuda")
+    run = through(case, backend, tensors)
     assert torch.autograd.gradcheck(run, tensors, fast_mode=fast)
     assert torch.autograd.gradgradcheck(run, tensors, fast_mode=fast)
 
@@ -52,14 +42,12 @@ def test_gradcheck_and_double_backward(case, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_gradients_follow_the_fp64_reference(case, backend, dtype):
-    if (backend, dtype) == ("triton", torch.bfloat16):
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
-    skip_unless_runs(case, backend)
     tensors = case.tensors(dtype)
+    public = through(case, backend, tensors)
     golden_tensors = [t.detach().double().requires_grad_() for t in tensors]
     plain_tensors = [t.detach().clone().requires_grad_() for t in tensors]
     runs = [
-        (as_tuple(case.public(*tensors, backend=backend)), tensors),
+        (as_tuple(public(*tensors)), tensors),
         (as_tuple(case.reference(*plain_tensors)), plain_tensors),
         (as_tuple(case.reference(*golden_tensors)), golden_tensors),
     ]

@@ -6,7 +6,7 @@ import torch
 
 import flowops
 from flowops import dispatch, measured
-from helpers import CASES, assert_close
+from helpers import CASES, assert_close, through
 from kernel_checks import BACKENDS, as_tuple, values_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -17,22 +17,6 @@ NARROW = [torch.float32, torch.bfloat16]
 
 #: What ``auto`` takes, and the CUDA kernels, which it takes only where they were measured to win.
 by_backend = pytest.mark.parametrize("backend", ["auto", BACKENDS[1]])
-
-
-def through(case, backend, tensors):
-    """The op on a backend; skips where that says why it can't take these tensors."""
-    flowops.warmup() if backend == "cuda" else None
-
-    def call(*tensors):
-        return case.public(*tensors, backend=backend)
-
-    try:
-        call(*tensors)
-    except RuntimeError as error:
-        if f"backend '{backend}' can't run" not in str(error):
-            raise
-        pytest.skip(str(error))
-    return call
 
 
 def op_of(case) -> str:
