@@ -233,25 +233,20 @@ def _triton(
 
 
 def _cuda_reason(
-    z, weights, embed, guide, heads, eps, temperature, reverse, outputs, panels, tol, window, even
+    z, weights, embed, guide, heads, eps, temperature, reverse, outputs, panels, *rest
 ):
+    from .cuda import decode
+
     if panels:
         return "its weights were packed for the CPU kernels"
-    return _cuda_kernels().reason(z, PackedBlock(*weights), embed, heads, window)
+    return decode.reason(z, PackedBlock(*weights), embed, heads, window=rest[1])
 
 
 @dispatch.implement("decode_block", "cuda", _cuda_reason)
-def _cuda(z, weights, embed, guide, heads, eps, temperature, reverse, *_):
-    weights = PackedBlock(*weights)
-    return _cuda_kernels().decode_block(
-        z, weights, embed, guide, heads, eps, temperature, reverse
-    )
-
-
-def _cuda_kernels():
+def _cuda(z, weights, *args):
     from .cuda import decode
 
-    return decode
+    return decode.decode_block(z, PackedBlock(*weights), *args[:6])
 
 
 # --- public --------------------------------------------------------------------------------------

@@ -170,21 +170,21 @@ def _(q, k, v, weight, bias, x, reverse, scale):
     )
 
 
-def _cuda_backward(q: Tensor) -> str:
-    """There is no CUDA kernel for the backward pass: Triton's serve the GPU, and the emulator, which
-    is for the forward pass, goes by the formula."""
+def _gradients_of_cuda(q: Tensor) -> str:
+    """What computes them, there being no CUDA kernel: Triton's on a GPU, and where the emulator
+    runs the forward pass, the formula."""
     return "triton" if q.is_cuda else "reference"
 
 
-@dispatch.implement(
-    "causal_patch_attention_backward",
-    "cuda",
-    lambda *args: dispatch.can_run(
-        "causal_patch_attention_backward", _cuda_backward(args[2]), *args
-    )[1],
-)
+def _cuda_backward_supports(*args) -> str | None:
+    op, backend = "causal_patch_attention_backward", _gradients_of_cuda(args[2])
+    return dispatch.can_run(op, backend, *args)[1] or None
+
+
+@dispatch.implement("causal_patch_attention_backward", "cuda", _cuda_backward_supports)
 def _(*args):
-    return torch.ops.flowops.causal_patch_attention_backward(*args, _cuda_backward(args[2]))
+    backend = _gradients_of_cuda(args[2])
+    return torch.ops.flowops.causal_patch_attention_backward(*args, backend)
 
 
 # --- autograd ------------------------------------------------------------------------------------

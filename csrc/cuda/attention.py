@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_runtime import TAGS, fits, launch
+from . import attention_hopper
 
 WARPS, SHARED = 4, 48 << 10
 _HEAD = 64
@@ -37,13 +38,8 @@ def patch_attention_reason(q, k, v, weight, bias, x) -> str | None:
 def causal_patch_attention_fwd(q, k, v, weight, bias, x, reverse: bool, scale: float):
     """``(z, logdet, o, lse)``. weight ``[2C, HD]`` or ``[C, HD]``; last dimensions are
     contiguous."""
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0):
-        from . import attention_hopper
-
-        if attention_hopper.serves(q, k, v, weight, bias, x):
-            return attention_hopper.causal_patch_attention_fwd(
-                q, k, v, weight, bias, x, reverse, scale
-            )
+    if attention_hopper.serves(q, k, v, weight, bias, x):
+        return attention_hopper.causal_patch_attention_fwd(q, k, v, weight, bias, x, reverse, scale)
     (B, T, H, _), C = q.shape, x.shape[2]
     columns = next(c for c in _COLUMNS if c >= C)
     # Twice 16 queries a warp, where registers and tokens suffice, halve what shared memory is read.
@@ -76,5 +72,5 @@ def _bytes(*tensors: Tensor) -> list[int]:
 def _bits(scale: float) -> int:
     """Of the scale in fp32. It is not 0, which would make NaN of the hidden scores, -infinity; the
     number in its place makes 0 of the others."""
-    number = max(abs(scale) / math.log(2), 1e-30)
+    number = min(max(abs(scale) / math.log(2), 1e-30), 3e38)
     return struct.unpack("I", struct.pack("f", number))[0]

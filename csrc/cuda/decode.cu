@@ -1,3 +1,29 @@
+// The exact sampler of flowops/decode.py for few images: all T - 1 steps of a block in one launch.
+//
+// A block of threads on every multiprocessor owns some outputs of every product, the same in every
+// step, and sends them to all others as packets (grid.cuh); whoever needs them polls the packets
+// themselves, so that there is no barrier over the grid. A layer is six such exchanges:
+//
+//     1  LayerNorm, queries, keys and values; keys and values go into the cache as well
+//     2  attention, a row, a head and a span of keys at a time
+//     3  the spans merged (none while there is one span)
+//     4  the projection, added to h
+//     5  LayerNorm, up, GELU
+//     6  down, added to h
+//
+// and a step two more: the parameters, and h of the next token, which every block finds for itself.
+// Weights come through a ring in shared memory, as far ahead as it holds (decode_stream.cuh), and
+// never wait for an exchange.
+//
+// What bounds it, for 2-768-8-8 in bf16, one image, on an H100: a step reads 113 MB of weights, 34
+// us at 3.35 TB/s, which do not stay in the L2 cache; the keys and values do, 25 MB at the end.
+// Beside that, in parallel, run 50 dependent exchanges, 0.5 us each on their way and 0.4 us of
+// work: 45 us. So 45 to 50 us a step are to be expected, 0.37 to 0.41 s an image (floor by bytes:
+// 0.28 s). With more rows it is bound by what every block reads of all others, 21 KB a row and
+// layer: 16 rows take some 60 us more a step, and the cache 200 MB, as many as 60 us. These are
+// estimates.
+//
+// The order of all sums is that of one output of one row: the same bits for any grid and batch.
 #include "decode_attention.cuh"
 #include "decode_stream.cuh"
 
@@ -51,6 +77,7 @@ struct Decoder {
     DEVICE i64 at_token(u32 image, u32 place) const {
         return (i64(image) * a.T + (a.reverse ? a.T - 1 - i64(place) : i64(place))) * a.C;
     }
+
     // h = W_in x + position + embed, this block's outputs, a warp each.
     DEVICE void embed(u32 place) {
         u32 lane = threadIdx.x % 32, count = own_count, C = a.C, R = a.R, W = a.W;

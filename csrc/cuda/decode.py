@@ -14,7 +14,7 @@ THREADS, WARPS, TILE = 512, 15, 16
 SPAN = 120
 #: Most images of a batch: more have products large enough for kernels of their own.
 MOST_IMAGES = 8
-#: Shared memory that the emulator lends a block, in bytes.
+#: Shared memory that the emulator lends a block, in bytes: little, so that the ring comes round.
 EMULATED_SHARED = 96 << 10
 
 _PIECE = 256  # slots, decode_stream.cuh
@@ -78,10 +78,7 @@ def _blocks(s: Sizes, device: torch.device) -> int:
 
 
 def _shared_limit(device: torch.device) -> int:
-    if device.type == "cpu":
-        return EMULATED_SHARED
-    # Of which the assembler reserves 1 KB on some devices.
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
+    return EMULATED_SHARED if device.type == "cpu" else cuda_runtime.shared_limit(device)
 
 
 def reason(z, weights, embed, heads: int, window: int) -> str | None:

@@ -60,10 +60,16 @@ struct Feeder {
         if (lane == 0) show(ring.ready, position);
     }
 
+    DEVICE bool full(u32 slots) const {
+        return ring.position + slots - look(ring.taken) > ring.size;
+    }
+
     DEVICE void make_room(u32 slots) {
-        if (ring.position + slots - look(ring.taken) <= ring.size) return;
+        // Lanes may not see the same; who waits for room has to show first what is there.
+        if (!__any_sync(0xffffffffu, full(slots))) return;
         flush();
-        while (ring.position + slots - look(ring.taken) > ring.size) rest();
+        while (full(slots)) rest();
+        __syncwarp();
     }
 
     DEVICE void flush() {
@@ -248,6 +254,7 @@ DEVICE void multiply_all(const DecodeArgs &a, Ring &ring, u32 &turn, const Matri
         float *partial =
             reinterpret_cast<float *>(shared_memory() + a.at_partial) + turn * WARPS * 16 * R;
         while (int(look(ring.ready) - (ring.position + rows * m.slots())) < 0) rest();
+        __syncwarp();
         if (warp < busy)
             multiply_rows(Part<T>{ring, first - m.first, rows, m.K, R, rows_of<T>(a, m.K),
                                   partial + warp * 16 * R});
