@@ -21,11 +21,12 @@ constexpr u32 ROWS = 32;
 DEVICE i64 squares_of(const Gram &gram) { return gram.lengthscale.stride ? gram.D : 1; }
 DEVICE i64 partial_size(const Gram &gram) { return gram.M * (gram.D + gram.O) + squares_of(gram); }
 
-// A block's columns of sums by warp, [warps][ld], as the squares of its partial.
+// A block's columns of sums by warp, [warps][ld], as the squares of its partial; in double, since
+// all are of one size and often of one sign.
 DEVICE void finish_squares(const Gram &gram, float *to, float *by_warp, u32 ld, u32 columns) {
     __syncthreads();
     for (u32 d = threadIdx.x; d < columns; d += blockDim.x) {
-        float sum = 0;
+        double sum = 0;
         for (u32 warp = 0; warp < blockDim.x / WARP; warp++) sum += by_warp[warp * ld + d];
         if (gram.lengthscale.stride)
             to[d] = sum;
@@ -35,7 +36,7 @@ DEVICE void finish_squares(const Gram &gram, float *to, float *by_warp, u32 ld, 
     if (gram.lengthscale.stride) return;
     __syncthreads();
     if (threadIdx.x > 0) return;
-    float sum = 0;
+    double sum = 0;
     for (u32 d = 0; d < columns; d++) sum += by_warp[d];
     to[0] = sum;
 }

@@ -158,7 +158,7 @@ DEVICE void backward_many(const GramBackward &args) {
                     continue;
                 }
                 __syncwarp();
-#pragma unroll
+#pragma unroll(DOTS ? 1 : I)
                 for (int i = 0; i < I; i++) {
                     if (u32(8 * i) >= width) continue;
                     float pull[4] = {}, squares[2] = {};
@@ -192,6 +192,7 @@ DEVICE void backward_many(const GramBackward &args) {
             const u32 *tile_lost = lost + r0 / 8;
             if constexpr (DOTS) {
                 float sums[4] = {}, row_sum[2] = {};
+#pragma unroll 2
                 for (u32 m0 = 0; m0 < points; m0 += 8) {
                     bool low = !tile_lost[m0 / 16 * STEPS], high = !tile_lost[m0 / 16 * STEPS + 1];
                     const float *at = v + (m0 + 2 * t) * LD_V + r0 + g,
@@ -214,6 +215,7 @@ DEVICE void backward_many(const GramBackward &args) {
                 }
                 add_squares(own_squares + d0, squares);
             }
+#pragma unroll 1
             for (u32 m0 = 0; m0 < points; m0 += 16) {
                 const u32 *here = tile_lost + m0 / 16 * STEPS;
                 if (!here[0] && !here[1]) continue;

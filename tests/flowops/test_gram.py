@@ -3,6 +3,15 @@ import math
 
 import pytest
 import torch
+from gram_checks import (
+    OPS,
+    as_tuple,
+    check_against_fp64,
+    check_far_from_zero,
+    inputs_of,
+    values_and_gradients,
+    weights_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,15 +23,6 @@ from flowops import (
     kernel_coupling_inverse,
     se_gram,
     se_gram_matmul,
-)
-from gram_checks import (
-    OPS,
-    as_tuple,
-    check_against_fp64,
-    check_far_from_zero,
-    inputs_of,
-    values_and_gradients,
-    weights_of,
 )
 from helpers import ISAS, running
 
@@ -408,8 +408,8 @@ def test_points_far_apart_and_lengthscales_at_the_ends(backend, kernel, D):
         assert torch.equal(K.detach(), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
 
 
-#: Tiles are at most 64 rows and 32 points. 130 features or outputs are too wide for Triton's kernels
-#: and for gradients in CUDA.
+#: Tiles are at most 64 rows and 32 points. 130 features or outputs are too wide for Triton's
+#: kernels, and for gradients in CUDA.
 GPU_SHAPES = {
     "se_gram": [(1, 1, 1, 1), (17, 300, 3, 1), (100, 63, 9, 1), (33, 17, 40, 1), (5, 9, 130, 1)],
     "se_gram_matmul": [(1, 1, 1, 1), (150, 17, 3, 5), (63, 150, 8, 1), (17, 65, 31, 40),
