@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Without fat binaries of the CUDA kernels, which take nvcc minutes and are void after an edit.
+FLOWOPS_CUDA ?= 0
+INSTALL := FLOWOPS_CUDA=$(FLOWOPS_CUDA) $(PIP) --editable
 
 .PHONY: demo test bench bench-overhead gpu gpu-ready gpu-sanitize lint format clean
 .DEFAULT_GOAL := help
@@ -20,13 +23,14 @@ $(VENV)/torch: constraints.txt
 	$(PIP) torch numpy
 	@touch $@
 
-$(VENV)/demo: $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/cpu/*)
-	$(PIP) --editable '.[demo]'
+$(VENV)/demo: $(VENV)/torch pyproject.toml setup.py CMakeLists.txt \
+		$(wildcard csrc/cpu/*) $(wildcard csrc/cuda/*.cu) $(wildcard csrc/cuda/*.cuh)
+	$(INSTALL) '.[demo]'
 	@$(BIN)/flowops doctor | grep ' cpu  '
 	@touch $@
 
 $(VENV)/test: $(VENV)/demo
-	$(PIP) --editable '.[test]'
+	$(INSTALL) '.[test]'
 	@touch $@
 
 $(VENV)/lint: $(VENV)/torch
@@ -79,16 +83,19 @@ gpu-sanitize:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	$(PYTHON) $(GPU_TESTS) -k sanitize || status=1; done; exit $$status
 
+CXX_FILES := csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh tests/emulator/*.h
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/cpu/*.h csrc/cpu/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	@sh .ci/banned
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/cpu/*.h csrc/cpu/*.cpp
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build *.egg-info flowops/_C.*.so flowops/_native_note.txt
+	rm -rf $(VENV) build *.egg-info flowops/_C.*.so flowops/_native_note.txt \
+		csrc/cuda/*.fatbin csrc/cuda/fatbin.json csrc/cuda/_fatbin_note.txt

@@ -194,6 +194,47 @@ def prebuilt(source: str) -> Path | None:
     return binary if made == digest() and binary.exists() else None
 
 
+def origin() -> str:
+    """Where the machine code comes from here, and by which CuPy it is launched.
+
+    Raises:
+        RuntimeError: if CuPy does not load, or if there are neither fat binaries nor NVRTC.
+    """
+    try:
+        import cupy
+    except Exception as error:  # a broken installation raises what it likes
+        raise RuntimeError(f"CuPy does not load: {_first_line(error)}") from None
+    launcher = f"CuPy {cupy.__version__}"
+    try:
+        made = json.loads((directory() / "fatbin.json").read_text())
+    except (OSError, ValueError):
+        made, reason = None, _fat_binary_note()
+    else:
+        if made["digest"] == digest():
+            architectures = ", ".join(made["architectures"])
+            return f"{launcher}, fat binary of nvcc {made['nvcc']} ({architectures})"
+        reason = "it was made of other sources"
+    try:
+        version = ".".join(map(str, _nvrtc().getVersion()))
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(
+            f"there is no fat binary: {reason}; and {launcher} finds no NVRTC: {_first_line(error)}"
+        ) from None
+    return f"{launcher}, NVRTC {version}, kept in {cache_directory()} (no fat binary: {reason})"
+
+
+def _fat_binary_note() -> str:
+    """Why the installation made none."""
+    try:
+        return (directory() / "_fatbin_note.txt").read_text().strip()
+    except OSError:
+        return "not built; reinstall with FLOWOPS_CUDA=1 to see why"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 # --- loading -------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 
@@ -169,21 +170,38 @@ def _gpu_state(backend: str, on_cpu: bool) -> tuple[bool, str]:
         return True, f"the emulator in {os.environ[cuda_runtime.EMULATOR]}"
     package = "triton" if backend == "triton" else "cupy"
     if importlib.util.find_spec(package) is None:
-        return False, f"the package {package} is not installed"
+        extra = ": pip install 'flowops[cuda13]', or cuda12" if package == "cupy" else ""
+        return False, f"the package {package} is not installed{extra}"
     if backend == "triton":
         import triton
 
         if on_cpu:
             return True, f"the interpreter of Triton {triton.__version__} (TRITON_INTERPRET=1)"
-    if not torch.cuda.is_available():
-        return False, "no CUDA device is visible to PyTorch"
+    reason = _no_device()
+    if reason is not None:
+        return False, f"no CUDA device is visible to PyTorch: {reason}"
     if backend == "cuda" and torch.version.hip:
         return False, "this PyTorch is for ROCm"
     if not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
         return False, f"{torch.cuda.get_device_name()} has no compute capability 8.0"
     if backend == "cuda":
-        return True, f"{cuda_runtime.origin()} on {torch.cuda.get_device_name()}"
+        try:
+            return True, f"{cuda_runtime.origin()} on {torch.cuda.get_device_name()}"
+        except RuntimeError as error:
+            return False, str(error)
     return True, f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"
+
+
+def _no_device() -> str | None:
+    """Why PyTorch sees no GPU, in the first sentence of its own words; None if it sees one."""
+    with warnings.catch_warnings(record=True):  # it warns of a driver that is too old
+        if torch.cuda.is_available():
+            return None
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    return "torch.cuda.is_available() is False"
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:

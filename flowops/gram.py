@@ -373,7 +373,7 @@ def se_gram(
         lengthscale: positive, in the units of x: a number, a 0-d tensor or ``[D]``.
         kernel: ``"se"``, ``"matern12"``, ``"matern32"`` or ``"matern52"``.
         precision: ``"fp32"``; ``"tf32"`` allows tensor cores to round the factors of products to 11
-            bits (only ``"triton"`` does).
+            bits (only ``"triton"`` does; in products and couplings ``"cuda"`` too).
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import importlib.util
 import platform
 import sys
 import time
@@ -65,7 +66,7 @@ def doctor(argv: list[str]) -> None:
         raise ValueError(f"doctor: takes no options, got {argv[0]!r}")
     import torch
 
-    from flowops import __version__, dispatch
+    from flowops import __version__, cuda_runtime, dispatch
 
     print(f"flowops   {__version__}")
     print(f"python    {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -85,6 +86,11 @@ def doctor(argv: list[str]) -> None:
     print("\nbackends")
     for backend in dispatch.BACKENDS:
         usable, state = dispatch.backend_state(backend)
+        if backend == "cuda" and not usable and importlib.util.find_spec("cupy"):
+            try:
+                state += f"; kernels: {cuda_runtime.origin()}"
+            except RuntimeError as error:
+                state += f"; {error}" if str(error) not in state else ""
         print(f"  {backend:9s} {'usable' if usable else 'not usable'}: {state}")
     devices = {"cpu": "cpu"} | ({"gpu": "triton"} if torch.cuda.is_available() else {})
     for device, backend in devices.items():
