@@ -328,9 +328,12 @@ def _driver_version() -> str:
 def _function(source: str, kernel: str, index: int, shared: int):
     entry = _functions.get((kernel, index))
     if entry is None or entry[1] < shared:
-        from cupy.cuda import driver
+        from cupy.cuda import driver, runtime
 
         with _lock, _on(index):
+            # The driver wants a context here, which a thread that has done nothing on the GPU yet
+            # lacks, even within torch.cuda.device(0). Loading and launching look for it in CuPy.
+            runtime.setDevice(index)
             module, _ = _module(source, index)
             entry = _functions.get((kernel, index)) or [module.get_function(kernel), 0]
             if shared > max(entry[1], _MOST_WITHOUT_ASKING):

@@ -155,8 +155,9 @@ struct Softmax {
             for (int j = 0; j < 32; j += 4)
                 largest = fmaxf(largest, fmaxf(s[j + 2 * h], s[j + 2 * h + 1]));
             largest = row_max(largest);
-            float shift = largest * scale, sum = 0;
-            rescale[h] = exp2_approx(__fmaf_rn(m[h], scale, -shift));
+            float shift = __fmul_rn(largest, scale), sum = 0;
+            // Of two rounded shifts: exactly 1 where the maximum stays, however many tiles follow.
+            rescale[h] = exp2_approx(__fmul_rn(m[h], scale) - shift);
 #pragma unroll
             for (int j = 0; j < 32; j += 4) {
 #pragma unroll
@@ -330,7 +331,7 @@ DEVICE void consume(const PatchAttention &args, unsigned char *shared, u32 base)
                 float l = row_sum(softmax.l[i]);
                 int row = lane.row + i * 8;
                 if (lane.column == 0 && row < limit) {
-                    lse[row] = (softmax.m[i] * scale + log2f(l)) * 0.69314718056f;
+                    lse[row] = (__fmul_rn(softmax.m[i], scale) + log2f(l)) * 0.69314718056f;
                 }
                 rescale[i] = 1 / l;
             }

@@ -154,7 +154,7 @@ class Driver:
     """Stands in for the driver: what was loaded and launched; ``refuses`` is an error to raise."""
 
     def __init__(self):
-        self.loaded, self.launched, self.allowed = [], [], []
+        self.loaded, self.launched, self.allowed, self.bound = [], [], [], set()
         self.refuses, self.capturing = None, False
 
 
@@ -178,6 +178,7 @@ def driver(monkeypatch, tiny):
             driver.loaded.append(binary)
 
         def get_function(self, name):
+            assert threading.get_ident() in driver.bound  # a new thread has no context
             return Function(name)
 
     for name in ("_modules", "_functions", "_failures"):
@@ -186,6 +187,9 @@ def driver(monkeypatch, tiny):
     monkeypatch.setattr(
         *(cupy.cuda.driver, "funcSetAttribute", lambda *args: driver.allowed.append(args)),
         raising=False,
+    )
+    monkeypatch.setattr(
+        *(cupy.cuda.runtime, "setDevice", lambda index: driver.bound.add(threading.get_ident()))
     )
     monkeypatch.setattr(runtime, "compile_source", lambda source, arch: b"\0.text.tiny\0")
     monkeypatch.setattr(runtime, "_driver_version", lambda: "12.2")
