@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -162,15 +163,8 @@ def _through(function: Callable, backend: str) -> Callable:
     """``function`` with every op on ``backend``."""
 
     def named(*args, **options):
-        before = os.environ.get("FLOWOPS_BACKEND")
-        os.environ["FLOWOPS_BACKEND"] = backend
-        try:
+        with mock.patch.dict(os.environ, FLOWOPS_BACKEND=backend):
             return function(*args, **options)
-        finally:
-            if before is None:
-                del os.environ["FLOWOPS_BACKEND"]
-            else:
-                os.environ["FLOWOPS_BACKEND"] = before
 
     return named
 

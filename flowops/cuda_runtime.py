@@ -104,7 +104,7 @@ def compile_source(source: str, arch: str) -> bytes:
     nvrtc = _nvrtc()
     options = (*OPTIONS, f"--gpu-architecture={arch}")
     text = sources()[f"{source}.cu"]
-    headers = {name: t for name, t in sources().items() if name.endswith(".cuh")}
+    headers = _included(text)
     key = hashlib.sha256(
         json.dumps([__version__, nvrtc.getVersion(), options, text, headers]).encode()
     ).hexdigest()
@@ -117,7 +117,7 @@ def compile_source(source: str, arch: str) -> bytes:
     )
     try:
         nvrtc.compileProgram(program, options)
-        binary = nvrtc.getCUBIN(program)
+        binary = nvrtc.getCUBIN(program) + b"\0"  # CuPy cuts off the last byte, a zero
     except nvrtc.NVRTCError as error:
         version = ".".join(map(str, nvrtc.getVersion()))
         raise RuntimeError(
@@ -128,6 +128,17 @@ def compile_source(source: str, arch: str) -> bytes:
         nvrtc.destroyProgram(program)
     _keep(key, binary)
     return binary
+
+
+def _included(text: str) -> dict[str, str]:
+    """The headers that a source takes in, directly or through others."""
+    found, waiting = {}, [text]
+    while waiting:
+        for name in re.findall(r'#include "(\w+\.cuh)"', waiting.pop()):
+            if name not in found:
+                found[name] = sources()[name]
+                waiting.append(found[name])
+    return found
 
 
 def _nvrtc():
@@ -443,7 +454,7 @@ def _emulator(path: str):
 
 
 def _emulate(source, kernel, grid, threads, packed, shared, cooperative) -> None:
-    emulate = _emulator(os.path.join(os.environ[EMULATOR], f"{source}.so"))
+    emulate = _emulator(os.path.join(os.environ.get(EMULATOR, ""), f"{source}.so"))
     blocks, block = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1)
     error = emulate(*(kernel.encode(), blocks, block, shared, cooperative, packed, emulator_seed))
     if error is not None:

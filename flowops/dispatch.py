@@ -167,7 +167,7 @@ def interpreting() -> bool:
 @functools.cache
 def _gpu_state(backend: str, on_cpu: bool) -> tuple[bool, str]:
     if backend == "cuda" and on_cpu:
-        return True, f"the emulator in {os.environ[cuda_runtime.EMULATOR]}"
+        return True, f"the emulator in {os.environ.get(cuda_runtime.EMULATOR)}"
     package = "triton" if backend == "triton" else "cupy"
     if importlib.util.find_spec(package) is None:
         extra = ": pip install 'flowops[cuda13]', or cuda12" if package == "cupy" else ""

@@ -140,8 +140,7 @@ def _tool(name: str) -> Path:
 def _run(name: str, *arguments: str | bytes) -> str:
     *options, binary = arguments
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        # CuPy takes the last byte off, as off a string; these tools miss it.
-        file.write(binary + b"\0")
+        file.write(binary)
         file.flush()
         command = [str(_tool(name)), *options, file.name]
         result = subprocess.run(command, capture_output=True, text=True)

@@ -296,6 +296,7 @@ DEVICE void consume(const PatchAttention &args, unsigned char *shared, u32 base)
                 fence_proxy_async();
                 pin(s);
                 pin(o);
+                pin(p);
                 wgmma_fence();
                 scores<T>(s, base + q, keys());
                 wgmma_commit();
@@ -318,6 +319,7 @@ DEVICE void consume(const PatchAttention &args, unsigned char *shared, u32 base)
                 as_left<T>(s, p);
             }
             pin(o);
+            pin(p);
             wgmma_fence();
             add_product<T, true>(o, p, values(before));
             wgmma_commit();
@@ -338,15 +340,16 @@ DEVICE void consume(const PatchAttention &args, unsigned char *shared, u32 base)
             multiply_rows(o, rescale);
             as_left<T>(o, p);
             pin(params);
+            pin(p);
             wgmma_fence();
             add_product<T, false>(params, p, base + At::weight + head.slot * N * ROW);
             wgmma_commit();
-            // Meanwhile o goes out through the place of q, which all four warps are done with.
+            wgmma_wait<0>();  // p may not even be read before
+            pin(params);
+            // o goes out through the place of q, which all four warps are done with.
             named_barrier(1 + consumer, WARPGROUP);
             T *to = static_cast<T *>(args.o) + ((unit.b * args.T + first) * args.H + h) * D;
             store_o(p, shared + q, lane, to, args.H * D, limit);
-            wgmma_wait<0>();
-            pin(params);
             arrive_once_a_warp(barriers + Barriers::head_empty + 8 * head.slot);
             head.advance();
             if (tiles < unit.tiles) {  // what only the other consumer needs

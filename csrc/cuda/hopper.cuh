@@ -119,6 +119,12 @@ DEVICE void pin(float (&d)[COUNT]) {
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// And those that make a left operand, before the fence that its products need.
+DEVICE void pin(u32 (&p)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) asm volatile("" : "+r"(p[i / 4][i % 4])::"memory");
+}
+
 // Two numbers rounded to T, the first in the low half.
 DEVICE u32 pack(bf16, float low, float high) {
     u32 both;

@@ -246,6 +246,7 @@ void wgmma_wait() {
 
 template <int COUNT>
 void pin(float (&)[COUNT]) {}
+inline void pin(unsigned (&)[4][4]) {}
 
 template <class T>
 u32 pack(T, float low, float high) {

@@ -3,15 +3,6 @@ import math
 
 import pytest
 import torch
-from gram_checks import (
-    OPS,
-    as_tuple,
-    check_against_fp64,
-    check_far_from_zero,
-    inputs_of,
-    values_and_gradients,
-    weights_of,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +14,15 @@ from flowops import (
     kernel_coupling_inverse,
     se_gram,
     se_gram_matmul,
+)
+from gram_checks import (
+    OPS,
+    as_tuple,
+    check_against_fp64,
+    check_far_from_zero,
+    inputs_of,
+    values_and_gradients,
+    weights_of,
 )
 from helpers import ISAS, running
 

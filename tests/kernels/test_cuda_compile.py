@@ -49,10 +49,11 @@ EXPECTED = {
         (r"bf16$", r"", [r"HMMA\.16816\.F32\.BF16"], []),
     ],
 }
-#: Kernels that may keep something on the stack, and why.
-STACK = {
-    r"_f64": "nothing is trained or sampled in fp64; the tests of the formulas are",
-}
+#: Kernels that may keep something on the stack, on which architectures, and why.
+STACK = [
+    (r"_f64", r"", "nothing is trained or sampled in fp64; the tests of the formulas are"),
+    (r"^gram_many_o64_fp32$", r"sm_100", "six words, read back outside the loop of products"),
+]
 
 by_source = pytest.mark.parametrize("source", cuda_runtime.names())
 
@@ -66,8 +67,12 @@ def compiled(source):
     ]
 
 
-def may_use_stack(kernel):
-    return any(re.search(form, kernel) for form in STACK)
+def may_use_stack(kernel, arch=None):
+    """On any architecture if none is named."""
+    return any(
+        re.search(kernels, kernel) and (arch is None or re.search(archs, arch))
+        for kernels, archs, _ in STACK
+    )
 
 
 @by_source
@@ -90,7 +95,7 @@ def test_the_runtime_finds_all_kernels(source):
 def test_nothing_spills(source):
     """Nor does anything else live on the stack: it is memory, and slow."""
     for arch, kernel, found in compiled(source):
-        assert may_use_stack(kernel) or not found["stack"], (
+        assert may_use_stack(kernel, arch) or not found["stack"], (
             f"{arch} {kernel}: {found['stack']} bytes"
         )
 

@@ -3,9 +3,9 @@ import types
 
 import pytest
 import torch
-from decode_checks import EPS, check, doubled, inputs, on_reference, on_triton
 from torch.nn import functional as F
 
+from decode_checks import EPS, check, doubled, inputs, on_reference, on_triton
 from flowops import decode_graphs
 from flowops.decode import PROBE_SWEEPS
 from flowops.decode_weights import PackedBlock

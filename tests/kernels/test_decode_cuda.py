@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from decode_checks import EPS, check, inputs, on_cuda
 
+from decode_checks import EPS, check, inputs, on_cuda
 from flowops import cuda_runtime, decode_block, dispatch
 from flowops.decode_weights import PackedBlock
 from kernel_checks import DEVICE, ON_GPU

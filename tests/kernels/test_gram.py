@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from gram_checks import OPS, as_tuple, check_against_fp64, inputs_of, values_and_gradients
 
 from flowops import (
     cuda_runtime,
@@ -12,6 +11,7 @@ from flowops import (
     kernel_coupling_inverse,
     se_gram_matmul,
 )
+from gram_checks import OPS, as_tuple, check_against_fp64, inputs_of, values_and_gradients
 from kernel_checks import DEVICE
 
 usable, state = dispatch.backend_state("cuda")
