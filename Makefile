@@ -59,6 +59,7 @@ PARALLEL = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8)
 GPU_TESTS := -m pytest tests/gpu tests/kernels --ignore tests/kernels/test_compile.py -W default \
 	-o addopts="--import-mode=importlib -q"
 BUDGET ?= 240
+SANITIZE ?= 1
 
 gpu-ready:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
@@ -72,6 +73,9 @@ gpu: gpu-ready
 	$(PYTHON) $(GPU_TESTS) $(PARALLEL) $(if $(strip $(ONLY)),-k "$(subst $(space), or ,$(strip $(ONLY)))"); \
 	tests=$$?; [ $$tests -eq 0 ] || [ $$tests -eq 5 ] || status=1; \
 	$(PYTHON) -m flowops bench $(ONLY) --device cuda --budget $(BUDGET) || status=1; \
+	if [ $(SANITIZE) = 0 ]; then :; \
+	elif command -v compute-sanitizer >/dev/null; then $(MAKE) gpu-sanitize || status=1; \
+	else echo "make gpu: compute-sanitizer is not on PATH, so memory was not checked"; fi; \
 	[ $$status -eq 0 ] || echo "make gpu: tests or gates failed, or an op got slower: see above"; \
 	exit $$status
 
@@ -79,7 +83,7 @@ gpu-sanitize:
 	@command -v compute-sanitizer >/dev/null || \
 	{ echo "make gpu-sanitize: compute-sanitizer is not on PATH"; exit 1; }
 	@$(MAKE) --no-print-directory gpu-ready
-	@status=0; for tool in memcheck racecheck; do \
+	@status=0; for tool in memcheck racecheck synccheck; do \
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	$(PYTHON) $(GPU_TESTS) -k sanitize || status=1; done; exit $$status
 
