@@ -6,7 +6,6 @@ sources stay as they are.
 """
 
 import functools
-import hashlib
 import importlib.util
 import json
 import os
@@ -85,29 +84,21 @@ def nvcc() -> str | None:
     return shutil.which(os.environ.get("CUDACXX") or "nvcc")
 
 
-def compile_with_nvcc(source: str, arch: str) -> bytes:
-    """What the installation made of the sources as they are, or nvcc makes now for ``arch``."""
+def kernels_of_nvcc(source: str, arch: str) -> list[tuple[str, dict[str, int]]]:
+    """What nvcc finds in a source: with the resources where the installation made a fat binary of
+    the sources as they are, else by name alone. Without optimization it takes seconds, not
+    minutes."""
     fat = cuda_runtime.prebuilt(source)
     if fat is not None:
-        return fat.read_bytes()
-    options = (*cuda_runtime.OPTIONS, f"-arch={arch}", "-cubin")
-    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
-    headers = {n: t for n, t in cuda_runtime.sources().items() if n.endswith(".cuh")}
-    text = cuda_runtime.sources()[f"{source}.cu"]
-    key = hashlib.sha256(json.dumps([version, options, text, headers]).encode()).hexdigest()
-    made = KEPT / f"{source}-{key[:16]}.nvcc.cubin"
-    if not made.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=KEPT) as folder:
-            unfinished = Path(folder) / "made.cubin"
-            command = [nvcc(), *options, str(cuda_runtime.directory() / f"{source}.cu")]
-            result = subprocess.run(
-                [*command, "-o", str(unfinished)], capture_output=True, text=True
-            )
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-            unfinished.rename(made)
-    return made.read_bytes()
+        return usage(fat.read_bytes())
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / f"{source}.ptx"
+        command = [nvcc(), *cuda_runtime.OPTIONS, f"-arch={arch}", "-ptx", "-Xcicc", "-O0"]
+        command += [str(cuda_runtime.directory() / f"{source}.cu"), "-o", str(made)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+        return [(kernel, {}) for kernel in re.findall(r"\.entry (\w+)\(", made.read_text())]
 
 
 def usage(binary: bytes) -> list[tuple[str, dict[str, int]]]:

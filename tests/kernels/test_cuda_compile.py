@@ -132,10 +132,10 @@ def test_noise_rounds_after_every_operation(source):
 @by_source
 @pytest.mark.skipif(cuda_compile.nvcc() is None, reason="no nvcc")
 def test_nvcc_compiles_the_same_kernels(source):
-    found = cuda_compile.usage(cuda_compile.compile_with_nvcc(source, "sm_90a"))
+    found = cuda_compile.kernels_of_nvcc(source, "sm_90a")
     assert {kernel for kernel, _ in found} == set(cuda_compile.kernels_of(source)["sm_90a"])
     for kernel, resources in found:
-        assert may_use_stack(kernel) or resources["stack"] == 0, f"{kernel}: {resources}"
+        assert may_use_stack(kernel) or not resources.get("stack"), f"{kernel}: {resources}"
 
 
 @by_source
