@@ -400,8 +400,14 @@ def _on(index: int):
 
 
 def _pack(args: Sequence[Tensor | int | float | None]) -> bytes:
-    values = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in args]
+    values = [_field(a) for a in args]
     return _packer(tuple(map(type, values)))(*values)
+
+
+def _field(value: Tensor | int | float | None) -> int | float:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return 0 if value is None else value
 
 
 @functools.cache

@@ -209,12 +209,12 @@ def launch(*args, **options):
 
 def test_a_launch_packs_its_arguments_and_takes_torchs_stream(driver):
     x = torch.ones(4).as_subclass(OnGpu)
-    launch(x, None, 7, -1, 0.5, True, shared=100)
+    launch(x, None, 7, -1, 0.5, -0.0, True, shared=100)
     ((name, grid, block, (packed,), shared, stream, cooperative),) = driver.launched
     assert (name, grid, block, shared, cooperative) == ("tiny", (3, 1, 1), (64, 1, 1), 100, False)
     assert stream.ptr == 1234
     assert packed.size == 1  # by value
-    assert packed.tobytes() == struct.pack("=Qqqqdq", x.data_ptr(), 0, 7, -1, 0.5, 1)
+    assert packed.tobytes() == struct.pack("=Qqqqddq", x.data_ptr(), 0, 7, -1, 0.5, -0.0, 1)
     launch(x)
     assert len(driver.loaded) == 1
 
