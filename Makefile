@@ -56,7 +56,8 @@ bench-overhead: $(VENV)/demo
 empty :=
 space := $(empty) $(empty)
 PARALLEL = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8)
-GPU_TESTS := -m pytest tests/gpu tests/kernels --ignore tests/kernels/test_compile.py -W default \
+GPU_TESTS := -m pytest tests/gpu tests/kernels --ignore tests/kernels/test_compile.py \
+	--ignore tests/kernels/test_cuda_compile.py --ignore tests/kernels/test_emulator.py -W default \
 	-o addopts="--import-mode=importlib -q"
 BUDGET ?= 240
 SANITIZE ?= 1
