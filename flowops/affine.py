@@ -9,6 +9,8 @@ Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 24
 Papamakarios et al., "Masked Autoregressive Flow" (arXiv 1705.07057), eq. 3-4.
 """
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -190,82 +192,62 @@ def _(grad_x, z, params, reverse):
     return _native_backward("affine_inverse_backward", grad_x, None, z, params, reverse)
 
 
+def _long_row_reason(params: Tensor) -> str | None:
+    """Why the kernels of a GPU, which count the elements of a batch row in 32 bits, can't."""
+    if params.shape[1] * params.shape[2] >= 2**31:
+        return "a batch row has 2^31 elements, which the kernels count in 32 bits"
+    return None
+
+
 def _triton_supports(*args) -> str | None:
     x, params, _ = args[-3:]
-    if params.shape[1] * params.shape[2] >= 2**31:
-        return "a batch row has 2^31 elements, which the Triton kernels count in 32 bits"
-    return dispatch.triton_dtype_reason(x, params)
-
-
-def _kernels():
-    from .kernels import affine
-
-    return affine
-
-
-@dispatch.implement("affine_update", "triton", _triton_supports)
-def _(x, params, reverse):
-    x, params = _dense_rows(x), _dense_rows(params)
-    return _kernels().affine_fwd(x, params, reverse, False, dispatch.compute_dtype(x, params))
-
-
-@dispatch.implement("affine_inverse", "triton", _triton_supports)
-def _(z, params, reverse):
-    z, params = _dense_rows(z), _dense_rows(params)
-    return _kernels().affine_fwd(z, params, reverse, True, dispatch.compute_dtype(z, params))[0]
-
-
-@dispatch.implement("affine_update_backward", "triton", _triton_supports)
-def _(grad_z, grad_logdet, x, params, reverse):
-    return _triton_backward(grad_z, grad_logdet.contiguous(), x, params, reverse, False)
-
-
-@dispatch.implement("affine_inverse_backward", "triton", _triton_supports)
-def _(grad_x, z, params, reverse):
-    return _triton_backward(grad_x, None, z, params, reverse, True)
-
-
-def _triton_backward(grad_out, grad_logdet, x, params, reverse, inverse):
-    x, params, grad_out = _dense_rows(x), _dense_rows(params), grad_out.contiguous()
-    compute = dispatch.compute_dtype(x, params)
-    return _kernels().affine_bwd(grad_out, grad_logdet, x, params, reverse, inverse, compute)
+    return _long_row_reason(params) or dispatch.triton_dtype_reason(x, params)
 
 
 def _cuda_supports(*args) -> str | None:
+    from .cuda.affine import dtype_reason
+
     x, params, _ = args[-3:]
-    if params.shape[1] * params.shape[2] >= 2**31:
-        return "a batch row has 2^31 elements, which the CUDA kernels count in 32 bits"
-    return _cuda().dtype_reason(x, params)
+    return _long_row_reason(params) or dtype_reason(x, params)
 
 
-def _cuda():
-    from .cuda import affine
+def _on_gpu(backend: str, package: str, supports) -> None:
+    """Registers the launchers of ``flowops.<package>.affine``."""
 
-    return affine
+    def forward(x, params, reverse, inverse):
+        x, params = _dense_rows(x), _dense_rows(params)
+        compute = dispatch.compute_dtype(x, params)
+        return _launchers(package).affine_fwd(x, params, reverse, inverse, compute)
+
+    def backward(grad_out, grad_logdet, x, params, reverse, inverse):
+        x, params, grad_out = _dense_rows(x), _dense_rows(params), grad_out.contiguous()
+        compute = dispatch.compute_dtype(x, params)
+        launcher = _launchers(package).affine_bwd
+        return launcher(grad_out, grad_logdet, x, params, reverse, inverse, compute)
+
+    @dispatch.implement("affine_update", backend, supports)
+    def _(x, params, reverse):
+        return forward(x, params, reverse, False)
+
+    @dispatch.implement("affine_inverse", backend, supports)
+    def _(z, params, reverse):
+        return forward(z, params, reverse, True)[0]
+
+    @dispatch.implement("affine_update_backward", backend, supports)
+    def _(grad_z, grad_logdet, x, params, reverse):
+        return backward(grad_z, grad_logdet.contiguous(), x, params, reverse, False)
+
+    @dispatch.implement("affine_inverse_backward", backend, supports)
+    def _(grad_x, z, params, reverse):
+        return backward(grad_x, None, z, params, reverse, True)
 
 
-@dispatch.implement("affine_update", "cuda", _cuda_supports)
-def _(x, params, reverse):
-    x, params = _dense_rows(x), _dense_rows(params)
-    return _cuda().affine_fwd(x, params, reverse, False, dispatch.compute_dtype(x, params))
+def _launchers(package: str):
+    return importlib.import_module(f".{package}.affine", __package__)
 
 
-@dispatch.implement("affine_inverse", "cuda", _cuda_supports)
-def _(z, params, reverse):
-    z, params = _dense_rows(z), _dense_rows(params)
-    return _cuda().affine_fwd(z, params, reverse, True, dispatch.compute_dtype(z, params))[0]
-
-
-@dispatch.implement("affine_update_backward", "cuda", _cuda_supports)
-def _(grad_z, grad_logdet, x, params, reverse):
-    x, params, grad_z = _dense_rows(x), _dense_rows(params), grad_z.contiguous()
-    return _cuda().affine_bwd(grad_z, grad_logdet.contiguous(), x, params, reverse, False)
-
-
-@dispatch.implement("affine_inverse_backward", "cuda", _cuda_supports)
-def _(grad_x, z, params, reverse):
-    z, params, grad_x = _dense_rows(z), _dense_rows(params), grad_x.contiguous()
-    return _cuda().affine_bwd(grad_x, None, z, params, reverse, True)
+_on_gpu("triton", "kernels", _triton_supports)
+_on_gpu("cuda", "cuda", _cuda_supports)
 
 
 def _native_backward(kernel, grad_out, grad_logdet, x, params, reverse):

@@ -76,7 +76,7 @@ def affine_fwd(x, params, reverse: bool, inverse: bool, compute: torch.dtype):
     return out, partial.view(B) if chunks == 1 else partial.sum(1)
 
 
-def affine_bwd(grad, grad_logdet, x, params, reverse: bool, inverse: bool):
+def affine_bwd(grad, grad_logdet, x, params, reverse: bool, inverse: bool, compute: torch.dtype):
     """``(grad_x, grad_params)``; grad and grad_logdet are contiguous."""
     name, vector = _variant(x, params, grad)
     chunks, grid = _chunks(x, vector)
