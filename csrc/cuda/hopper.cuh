@@ -10,7 +10,7 @@
 // ThunderKittens the third (include/types/shared/descriptor.cuh).
 #pragma once
 
-#include "common.cuh"
+#include "mma16.cuh"
 
 constexpr int WARPGROUP = 128;
 
@@ -39,9 +39,6 @@ CORE u64 descriptor(u32 address) {
 #ifdef FLOWOPS_EMULATE
 #include "hopper.h"
 #else
-
-// Address in the window of the block's shared memory.
-DEVICE u32 shared_address(const void *at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
 
 // --- barriers and copies ------------------------------------------------------------------------
 
@@ -123,24 +120,6 @@ DEVICE void pin(float (&d)[COUNT]) {
 DEVICE void pin(u32 (&p)[4][4]) {
 #pragma unroll
     for (int i = 0; i < 16; i++) asm volatile("" : "+r"(p[i / 4][i % 4])::"memory");
-}
-
-// Two numbers rounded to T, the first in the low half.
-DEVICE u32 pack(bf16, float low, float high) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-DEVICE u32 pack(f16, float low, float high) {
-    u32 both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-DEVICE float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 #define FLOWOPS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -236,5 +215,5 @@ DEVICE void multiply_rows(float (&d)[COUNT], const float (&by)[2]) {
 template <class T>
 DEVICE void as_left(const float (&d)[32], u32 (&a)[4][4]) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) a[i / 4][i % 4] = pack(T(), d[2 * i], d[2 * i + 1]);
+    for (int i = 0; i < 16; i++) a[i / 4][i % 4] = pack<T>(d[2 * i], d[2 * i + 1]);
 }

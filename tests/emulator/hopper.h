@@ -38,14 +38,14 @@ struct Accumulator {
 };
 
 // A copy of 16 bytes, or the arrival that follows those before it.
-struct Copy {
+struct BarrierCopy {
     unsigned char *to;
     std::array<unsigned char, 16> bytes;
     MBarrier *barrier;
 };
 
 struct HopperThread {
-    std::deque<Copy> copies;
+    std::deque<BarrierCopy> copies;
     std::deque<std::vector<Product>> groups;
     std::vector<Product> open;
     std::map<float *, Accumulator> accumulators;
@@ -103,7 +103,7 @@ inline void copy_something() {
     for (size_t i = 0, n = all.threads.size(); i < n; i++) {
         auto &copies = all.threads[(current->linear * 7 + progress + i) % n].copies;
         while (!copies.empty()) {
-            Copy copy = copies.front();
+            BarrierCopy copy = copies.front();
             copies.pop_front();
             progress++;
             if (copy.barrier) return arrive(*copy.barrier);
@@ -176,10 +176,6 @@ inline void finish(const Product &p) {
 
 }  // namespace emulator
 
-inline u32 shared_address(const void *at) {
-    return static_cast<const unsigned char *>(at) - emulator::current->block->shared;
-}
-
 inline void mbarrier_init(u32 barrier, u32 arrivals) {
     uint16_t count = arrivals;
     *emulator::shared_at<emulator::MBarrier>(barrier) = {count, count, 0, 0xb417};
@@ -198,7 +194,7 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
 }
 
 inline void copy_async(u32 to, const void *from, bool valid) {
-    emulator::Copy copy = {emulator::shared_at<unsigned char>(to), {}, nullptr};
+    emulator::BarrierCopy copy = {emulator::shared_at<unsigned char>(to), {}, nullptr};
     check_aligned(copy.to, 16);
     emulator::shared_at<unsigned char>(to + 15);
     if (valid) {
@@ -247,12 +243,6 @@ void wgmma_wait() {
 template <int COUNT>
 void pin(float (&)[COUNT]) {}
 inline void pin(unsigned (&)[4][4]) {}
-
-template <class T>
-u32 pack(T, float low, float high) {
-    return narrow<T>(low).bits | u32(narrow<T>(high).bits) << 16;
-}
-inline float exp2_approx(float x) { return std::exp2(x); }
 
 template <bool DOWN, class T, int COUNT>
 void wgmma(T, float (&d)[COUNT], const u32 (&a)[4], u64 b) {
