@@ -8,6 +8,7 @@ checkpoints load unchanged.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +62,10 @@ class TarFlow(Sampling, nn.Module):
         num_classes: 0 for an unconditional model.
         head_dim: width of an attention head.
         expansion: hidden width of the perceptrons, in multiples of channels.
-        checkpoint_blocks: keep only what passes between the blocks for the backward pass, which
-            computes each block again. An attribute of the same name, free to change; no part of
-            the saved model.
+        checkpoint_blocks: True: keep only what passes between the blocks for the backward pass,
+            which computes each block again; "selective": also what ``flowops.SAC_SAVE_OPS`` return,
+            which are then not computed again. An attribute of the same name, free to change; no
+            part of the saved model.
 
     Raises:
         ValueError: naming the argument that is off.
@@ -86,7 +88,7 @@ class TarFlow(Sampling, nn.Module):
         *,
         head_dim: int = 64,
         expansion: int = 4,
-        checkpoint_blocks: bool = False,
+        checkpoint_blocks: bool | Literal["selective"] = False,
     ):
         super().__init__()
         self.config = {
@@ -170,20 +172,28 @@ class TarFlow(Sampling, nn.Module):
 
         Source: arXiv 2412.06329, eq. 3-6.
         """
+        outputs, logdets = self.transform(x, y)
+        return outputs[-1], outputs, logdets.sum(0)
+
+    def transform(self, x: Tensor, y: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """The outputs of all blocks, each ``[B, T, C]``, and what each adds to the log-determinant
+        per dimension, ``[num_blocks, B]``. Arguments and errors as ``forward``."""
         self._check_images(x)
         self._check_labels(y, x.shape[0])
-        tokens, outputs, logdets = patchify(x, self.patch_size).contiguous(), [], 0
+        tokens, outputs, logdets = patchify(x, self.patch_size).contiguous(), [], []
         if self._one_graph and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             tokens.requires_grad_()  # as what later blocks read: the first needs no graph apart
         for block in self.blocks:
             tokens, logdet = self._through(block, tokens, y)
-            logdets = logdets + logdet
             outputs.append(tokens)
-        return tokens, outputs, logdets / (self.num_patches * self.patch_channels)
+            logdets.append(logdet)
+        return outputs, torch.stack(logdets) / (self.num_patches * self.patch_channels)
 
     def _through(self, block: TarFlowBlock, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         if not (self.checkpoint_blocks and torch.is_grad_enabled()):
             return block(x, y)
+        if self.checkpoint_blocks == "selective":
+            return block(x, y, selective=True)
         # Nothing in a block is random; fetching the generator's state would be for nothing.
         return checkpoint(block, x, y, use_reentrant=False, preserve_rng_state=False)
 

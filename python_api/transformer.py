@@ -5,11 +5,14 @@ Source: Zhai et al., "Normalizing Flows are Capable Generative Models" (arXiv 24
 2.2.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from flowops import affine_update, causal_attention
+from flowops import SAC_SAVE_OPS, affine_update, causal_attention
 
 
 def layer_norm(norm: nn.LayerNorm, h: Tensor) -> Tensor:
@@ -66,7 +69,12 @@ def block_params(
         head_dim: width of an attention head.
     """
     h = block.proj_in(x.flip(1) if reverse else x)
-    h = h + (positions(block, reverse) + class_embedding(block, y, len(x)).unsqueeze(1))
+    embed = positions(block, reverse) + class_embedding(block, y, len(x)).unsqueeze(1)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # The residual stream is fp32, also where the parameters came in bf16 (FSDP).
+        embed = embed.to(torch.promote_types(embed.dtype, torch.float32))
+    h = h + embed
     for layer in block.attn_blocks:
         own = isinstance(layer, AttentionBlock)
         h = layer(h) if own else transformer_layer(layer, h, head_dim)
@@ -153,7 +161,22 @@ class TarFlowBlock(nn.Module):
         self.proj_out = nn.Linear(width, 2 * patch_channels if nvp else patch_channels)
         nn.init.zeros_(self.proj_out.weight)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, selective: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """``selective``: what is neither an input nor from ``SAC_SAVE_OPS`` is computed again in
+        the backward pass. In here, so that it is compiled with the block."""
+        if not selective:
+            return self._transform(x, y)
+        contexts = partial(create_selective_checkpoint_contexts, list(SAC_SAVE_OPS))
+        return checkpoint(
+            *(self._transform, x, y),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=contexts,
+        )
+
+    def _transform(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         return affine_update(x, self.params(x, y), reverse=self.reverse)
 
     def params(self, x: Tensor, y: Tensor | None = None) -> Tensor:
