@@ -14,7 +14,9 @@ from flowops import dispatch
 from flowops.api.checkpoint import write_whole
 from flowops.api.data import load_images, save_grid
 from flowops.api.evaluate import evaluate, noisy_batches
-from flowops.api.train import TrainConfig, Trainer, build_model, noise_name, run_training
+from flowops.api.train import run_training
+from flowops.api.train_config import TrainConfig, noise_name
+from flowops.api.trainer import Trainer, build_model
 
 from .tarflow import compare_sampling, compare_training
 

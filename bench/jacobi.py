@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowops.api import TarFlow
 from flowops.api.checkpoint import read_tensors, write_whole
-from flowops.api.train import TrainConfig
+from flowops.api.train_config import TrainConfig
 
 from . import report
 from .environment import environment, now
@@ -93,7 +93,8 @@ def main(argv: list[str]) -> int:
 def train(steps: int, device: str) -> Path:
     """Trains the demo's model on 4,500 MNIST digits; returns the path of its weights."""
     from flowops.api.data import load_images
-    from flowops.api.train import Trainer, build_model, run_training
+    from flowops.api.train import run_training
+    from flowops.api.trainer import Trainer, build_model
 
     data, _ = load_images("mnist").split(500)
     config = replace(TRAINING, steps=steps, warmup=min(TRAINING.warmup, max(1, steps // 5)))

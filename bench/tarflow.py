@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowops.api import TarFlow
+from flowops.api.flops import training_flops
 
 from .ceilings import Work
 from .eager import EagerTarFlow
@@ -65,14 +66,12 @@ def _compare(job: Job, seconds: float) -> Comparison:
 
 
 def training_work(model: TarFlow, B: int, precision: str) -> Work:
-    """Two operations a weight and token forward and four backward, attention over the causal pairs
-    (2.5 times that backward), and AdamW's three states, weights and gradients once in and out."""
-    layers, width, products, T = sizes(model)
-    linear, attention = 2 * products * T * B, 4 * width * layers * B * T * (T + 1) // 2
+    """The products, and AdamW's three states, weights and gradients once in and out."""
+    layers, width, _, T = sizes(model)
     heads = width // model.config["head_dim"]
     return Work(
         bytes=32 * sum(p.numel() for p in model.parameters()),
-        flops=3 * linear + attention * 7 // 2,
+        flops=B * training_flops(model),
         exps=2 * layers * heads * B * T * (T + 1) // 2,
         product=precision,
     )

@@ -203,6 +203,7 @@ def make_rng(rng: Rng = None, device: torch.device | str = "cpu") -> Tensor:
 def noise_words(
     shape: Sequence[int],
     *,
+    first_row: int = 0,
     rng: Rng = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
@@ -220,12 +221,13 @@ def noise_words(
 
     Source: SC 2011, Salmon et al.
     """
-    return _noise("words", shape, rng, device, backend)
+    return _noise("words", shape, rng, device, backend, first_row)
 
 
 def noise_uniform(
     shape: Sequence[int],
     *,
+    first_row: int = 0,
     rng: Rng = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -235,12 +237,13 @@ def noise_uniform(
 
     Arguments and errors as ``noise_words``.
     """
-    return _noise("uniform", shape, rng, device, backend).to(dtype)
+    return _noise("uniform", shape, rng, device, backend, first_row).to(dtype)
 
 
 def noise_normal(
     shape: Sequence[int],
     *,
+    first_row: int = 0,
     rng: Rng = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -250,10 +253,10 @@ def noise_normal(
 
     Arguments and errors as ``noise_words``.
     """
-    return _noise("normal", shape, rng, device, backend).to(dtype)
+    return _noise("normal", shape, rng, device, backend, first_row).to(dtype)
 
 
-def _noise(kind, shape, rng, device, backend) -> Tensor:
+def _noise(kind, shape, rng, device, backend, first_row=0) -> Tensor:
     dispatch.check_backend(backend)
     try:  # symbolic sizes stay symbolic
         shape = [s if isinstance(s, torch.SymInt) else operator.index(s) for s in shape]
@@ -265,4 +268,4 @@ def _noise(kind, shape, rng, device, backend) -> Tensor:
         device = rng.device if isinstance(rng, Tensor | torch.Generator) else "cpu"
     state = make_rng(rng, device)
     rows = math.prod(shape[:-1])
-    return torch.ops.flowops.noise(state, rows, shape[-1], kind, backend).view(shape)
+    return torch.ops.flowops.noise(state, rows + first_row, shape[-1], kind, backend)[first_row:].reshape(shape)

@@ -93,8 +93,8 @@ def fitting_batch(
 def image_bytes(block: nn.Module, guidance: Guidance, solver: Solver) -> int:
     """Memory that one image takes while ``block`` is inverted: keys and values of all tokens, and
     what a sweep holds of a window."""
-    T, W = block.pos_embed.shape
-    wide = max(block.pos_embed.element_size(), 4)
+    T, W = block.num_patches, block.proj_in.out_features
+    wide = max(block.proj_in.weight.element_size(), 4)
     hidden = block.attn_blocks[0].mlp.main[0].out_features
     window = 1 if solver.method == "exact" else min(solver.window or T, T)
     cache = 2 * len(block.attn_blocks) * W * (T + 15)

@@ -41,7 +41,12 @@ def write_whole(path: str | Path, data: bytes) -> None:
         raise OSError(
             error.errno, f"could not write {path}, the previous file is intact: {error.strerror}"
         ) from error
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the renames in a directory last."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

@@ -11,17 +11,19 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 USAGE = """usage: flowops COMMAND [options]
 
 commands:
   demo     train a TarFlow on 5,000 MNIST digits in about three minutes, draw and measure
-  train    train a TarFlow on mnist, digits or a folder of images
+  data     prepare images for large runs, check and describe what was prepared
+  train    train a TarFlow, on one process or many
+  export   one file of weights out of a run's checkpoint
   fit      fit a density to a table: kernel flows, padded flows, spline and autoregressive ones
   score    log-likelihood of the rows of a table under a fitted density
   sample   draw images from a trained TarFlow, or rows from a fitted density
-  eval     bits per dim and classification of a trained model on held-out images
+  eval     bits per dim, classification and FID of a trained model
   bench    time the ops and the model against what else there is, on the CPU or the GPU
   doctor   versions, devices, and which backends are usable and why
 
@@ -118,73 +120,27 @@ def bench(argv: list[str]) -> int:
 
 
 def train(argv: list[str]) -> None:
-    import tyro
+    from .cli_train import train as run
 
-    from .train import TrainConfig
-
-    @dataclasses.dataclass(frozen=True)
-    class Arguments:
-        """Train a TarFlow."""
-
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-        data: str = "mnist"
-        """"mnist", "digits", or a folder of images (its subfolders are the classes)."""
-        out: Path = Path("runs/train")
-        """Where checkpoint, model, metrics and samples go."""
-        resume: bool = False
-        """Go on from the checkpoint in `out`."""
-        held_out: int = 500
-        """Images kept for evaluation."""
-        img_size: int | None = None
-        """Folders: crop and resize to this many pixels."""
-        image_channels: Literal[1, 3] = 3
-        """Folders: 3 for RGB, 1 for grey."""
-
-    _train(tyro.cli(Arguments, prog="flowops train", args=argv))
+    run(argv)
 
 
-def _train(args) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
+def data(argv: list[str]) -> int | None:
+    from .cli_data import data as run
 
-    from .data import load_images, save_grid
-    from .evaluate import evaluate
-    from .train import Trainer, build_model, noise_name, run_training
+    return run(argv)
 
-    console, config = Console(), args.config
-    data, held_out = load_images(args.data, args.img_size, args.image_channels).split(args.held_out)
-    model = build_model(config, data).to(_device())
-    trainer = Trainer(config, model, data)
-    checkpoint = args.out / "checkpoint.safetensors"
-    if args.resume:
-        trainer.load(checkpoint)
-    elif checkpoint.exists():
-        raise ValueError(
-            f"out: {checkpoint} exists; go on from it with --resume or choose another directory"
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
-    with Progress(console=console) as progress:
-        task = progress.add_task("training", total=config.steps, completed=trainer.step_count)
 
-        def on_step(record):
-            progress.update(
-                task,
-                completed=record["step"],
-                description=f"{record['bits_per_dim']:.3f} bits/dim",
-            )
-            if record["refused"]:
-                console.print(
-                    f"step {record['step']} refused: loss {record['loss']}, gradient norm "
-                    f"{record['grad_norm']}"
-                )
+def export(argv: list[str]) -> None:
+    from .cli_train import export as run
 
-        model = run_training(trainer, args.out, on_step)
-    labels = _labels_in_turn(model, 40)
-    save_grid(model.sample(40, labels, batch_size=40).cpu(), args.out / "samples.png", 10)
-    result = evaluate(model, held_out, config)
-    _print_evaluation(console, result, noise_name(config))
-    for name in ("model.safetensors", "checkpoint.safetensors", "metrics.jsonl", "samples.png"):
-        console.print(args.out / name, highlight=False)
+    run(argv)
+
+
+def evaluate_model(argv: list[str]) -> None:
+    from .cli_eval import evaluate_model as run
+
+    run(argv)
 
 
 def fit(argv: list[str]) -> None:
@@ -306,46 +262,6 @@ def _print_sampling_report(report, title: str) -> None:
     Console().print(table)
 
 
-def evaluate_model(argv: list[str]) -> None:
-    import tyro
-    from rich.console import Console
-
-    from .checkpoint import load_model, read_tensors
-    from .data import load_images
-    from .evaluate import evaluate
-    from .train import TrainConfig, noise_name
-
-    @dataclasses.dataclass(frozen=True)
-    class Arguments:
-        """Bits per dim, and classification by Bayes' rule, on the held-out images of a data set."""
-
-        model: tyro.conf.Positional[Path]
-        """model.safetensors"""
-        data: str = "mnist"
-        """"mnist", "digits", or a folder of images."""
-        held_out: int = 500
-        """As in training: the same images are held out."""
-
-    args = tyro.cli(Arguments, prog="flowops eval", args=argv)
-    model = load_model(args.model).to(_device()).eval()
-    trained = read_tensors(args.model)[1].get("train_config")
-    if trained is None:
-        raise ValueError(f"{args.model}: holds no training configuration, so its noise is unknown")
-    config = TrainConfig(**trained)
-    data = load_images(args.data, model.img_size, model.in_channels)
-    result = evaluate(model, data.split(args.held_out)[1], config)
-    _print_evaluation(Console(), result, noise_name(config))
-
-
-def _print_evaluation(console, result, noise: str) -> None:
-    console.print(
-        f"{result.bits_per_dim:.4f} ± {result.standard_error:.4f} bits per dim "
-        f"({result.images} held-out images, {noise} noise)"
-    )
-    if result.accuracy is not None:
-        console.print(f"{result.accuracy:.1%} classified right by Bayes' rule")
-
-
 def _labels_in_turn(model, n: int):
     """The classes in turn, or None for a model without."""
     import torch
@@ -363,7 +279,9 @@ def _device() -> str:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": demo,
+    "data": data,
     "train": train,
+    "export": export,
     "fit": fit,
     "score": score,
     "sample": sample,

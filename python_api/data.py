@@ -1,7 +1,9 @@
 """Images to train on: uint8 in memory, from pip packages or a folder on disk."""
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -24,6 +26,37 @@ class Images:
     def __getitem__(self, index: Tensor) -> "Images":
         labels = None if self.labels is None else self.labels[index]
         return Images(self.pixels[index], labels, self.class_names)
+
+    @property
+    def img_size(self) -> int:
+        """Side of the images, which have to be square.
+
+        Raises:
+            ValueError: where they are not.
+        """
+        H, W = self.pixels.shape[2:]
+        if H != W:
+            raise ValueError(f"data: expected square images, got {H}x{W}")
+        return H
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[1]
+
+    def fingerprint(self) -> dict[str, int]:
+        """Sizes and a checksum of pixels and labels: of all images, or of evenly spaced ones that
+        make up 64 MiB."""
+        every = -(-self.pixels.numel() // 2**26)
+        checksum = zlib.crc32(self.pixels[::every].contiguous().cpu().numpy())
+        if self.labels is not None:
+            checksum = zlib.crc32(self.labels.contiguous().cpu().numpy(), checksum)
+        return {
+            "img_size": self.pixels.shape[2],
+            "channels": self.channels,
+            "images": len(self),
+            "classes": len(self.class_names),
+            "crc32": checksum,
+        }
 
     def split(self, held_out: int) -> tuple["Images", "Images"]:
         """Training and held-out images, drawn once for all (the split has a seed of its own)."""
@@ -112,20 +145,50 @@ def _folder(folder: Path, img_size: int, channels: int) -> Images:
 
 
 def read_image(path: Path, img_size: int, channels: int) -> Tensor:
-    """One image as uint8 ``[c, img_size, img_size]``: centre square, antialiased resize.
+    """One image file as uint8 ``[c, img_size, img_size]``; see ``decode_image``.
 
     Raises:
         ValueError: naming the file, if it can't be read whole.
     """
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("image folders need Pillow: pip install 'flowops[cli]'") from error
+        return decode_image(path, img_size, channels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def decode_image(file: Path | BinaryIO, img_size: int, channels: int) -> Tensor:
+    """One image as uint8 ``[c, img_size, img_size]``: centre square, antialiased resize.
+
+    Transparency is dropped, the orientation that EXIF may ask for is not applied.
+
+    Raises:
+        ValueError: if it can't be read whole.
+    """
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: unreadable or truncated image ({error})") from error
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError("image files need Pillow: pip install 'flowops[cli]'") from error
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return fit_image(image, img_size, channels)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:  # whose message holds an address
+        raise ValueError("unreadable or truncated image (of no known format)") from error
+    except Exception as error:  # decoders raise anything at all on broken data
+        raise ValueError(f"unreadable or truncated image ({error})") from error
+
+
+def fit_image(image, img_size: int, channels: int) -> Tensor:
+    """The centre square of a ``PIL.Image``, resized, as uint8 ``[c, img_size, img_size]``."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to the 8 lower ones
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB it warns
+    image = image.convert("RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize(

@@ -1,11 +1,12 @@
 """The inverse of an autoregressive block: guidance, the choice of solver, and a block's weights in
 the layout of the kernels, kept from call to call.
 
-Source: Zhai et al. (arXiv 2412.06329).
+Source: Zhai et al. (arXiv 2412.06329); Gaussian guidance: Gu et al. (arXiv 2506.06276).
 """
 
 import os
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,20 +16,27 @@ from torch import Tensor, nn
 from flowops import BlockWeights, LayerWeights, decode_block, pack_block
 from flowops.decode import check_solver
 from flowops.decode_weights import fingerprint
+from flowops.dispatch import compute_dtype
 
+from .decode_tokens import decode_tokens
+from .starflow import BlockParts
 from .transformer import class_embedding, positions
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """``a += g (a - a_u)`` and the same for b, with ``a_u, b_u`` from a pass without the label and
-    with attention scores divided by ``attn_temp``; ``g_i = weight (i + 1) / (T - 1)`` if
-    annealed."""
+    """Affine parameters moved away from ``a_u, b_u``, those of a pass without the label and with
+    attention scores divided by ``attn_temp``, with weights ``g_i = weight``, or, if annealed,
+    ``g_i = weight (i + 1) / n`` for the i-th of n tokens that are transformed.
+
+    ``kind``: ``"linear"``, ``a += g (a - a_u)`` and the same for b, or ``"gaussian"``, the mean and
+    deviation of ``p^(1 + g) / p_u^g`` for Gaussians p, p_u (``gaussian_guidance``)."""
 
     weight: float = 0.0
     what: str = "ab"
     attn_temp: float = 1.0
     annealed: bool = False
+    kind: str = "linear"
 
     def __post_init__(self):
         if not 0 <= self.weight < float("inf"):
@@ -37,6 +45,13 @@ class Guidance:
             raise ValueError(f"guide_what: expected letters out of 'ab', got {self.what!r}")
         if not 0 < self.attn_temp < float("inf"):
             raise ValueError(f"attn_temp: expected a positive number, got {self.attn_temp!r}")
+        if self.kind not in ("linear", "gaussian"):
+            raise ValueError(f"guidance_kind: expected 'linear' or 'gaussian', got {self.kind!r}")
+        if self.kind == "gaussian" and set(self.what) != {"a", "b"}:
+            raise ValueError(
+                "guide_what: expected 'ab' for guidance_kind='gaussian', which moves both, got "
+                f"{self.what!r}"
+            )
 
     @property
     def active(self) -> bool:
@@ -48,6 +63,33 @@ class Guidance:
         steps = torch.arange(1, T + 1, device=like.device, dtype=like.dtype) / max(T - 1, 1)
         weight = steps * self.weight if self.annealed else torch.full_like(steps, self.weight)
         return torch.stack([weight * (letter in self.what) for letter in "ab"], dim=1)
+
+    def combine(self, a: Tensor, b: Tensor, done: float) -> tuple[Tensor, Tensor]:
+        """The parameters that are taken, ``[B, C]`` each, from those of both passes, ``[2B, C]``,
+        the unguided one second. ``done``: the part of the tokens up to this one, from 0 to 1."""
+        weight = self.weight * done if self.annealed else self.weight
+        (a, a_u), (b, b_u) = a.chunk(2), b.chunk(2)
+        if self.kind == "gaussian":
+            return gaussian_guidance(a, b, a_u, b_u, weight)
+        a = a + weight * (a - a_u) if "a" in self.what else a
+        return a, b + weight * (b - b_u) if "b" in self.what else b
+
+
+def gaussian_guidance(
+    a: Tensor, b: Tensor, a_u: Tensor, b_u: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """Log-deviation and mean of ``p^(1 + w) / p_u^w``, with ``p = N(b, exp(2a))``:
+
+        s = min(exp(2 (a - a_u)), 1),   q = 1 + w - w s
+        a' = a - ln(q) / 2,             b' = b + (w s / q) (b - b_u)
+
+    The bound on s keeps the product a density where p is wider than p_u.
+
+    Source: Gu et al. (arXiv 2506.06276), guidance.
+    """
+    s = torch.exp(2 * (a - a_u).clamp(max=0))
+    q = 1 + weight * (1 - s)
+    return a - 0.5 * q.log(), b + (weight * s / q) * (b - b_u)
 
 
 @dataclass(frozen=True)
@@ -94,7 +136,13 @@ def invert_block(
     Returns:
         ``x [B, T, C]`` fp32 (fp64 for an fp64 block) and the report. Parameters, exp and update
         are computed in that dtype. The layers' weights are read in bf16 under bf16 autocast.
+
+    Raises:
+        ValueError: if the solver's method or sharded weights are not to be had (``check_method``).
     """
+    check_method([block], guidance, solver)
+    if not _known_to_kernels(block, guidance):
+        return _invert_by_tokens(block, z, y, guidance)
     weights = _packed(block, z.device, reverse, heads)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         z = z.to(weights.tensors[0].dtype)
@@ -114,6 +162,64 @@ def invert_block(
             window=solver.window,
         )
     return decoded.x, BlockReport(decoded.residual, decoded.counts)
+
+
+def check_method(blocks: Iterable[nn.Module], guidance: Guidance, solver: Solver) -> None:
+    """Whether the method can invert the blocks: "jacobi" needs TarFlow's own parts and guidance.
+
+    Raises:
+        ValueError: saying why it can't.
+    """
+    if solver.method != "jacobi":
+        return
+    if guidance.active and guidance.kind == "gaussian":
+        reason = "with guidance_kind='gaussian'"
+    else:
+        changed = next((changed for block in blocks if (changed := _changed(block))), None)
+        if not changed:
+            return
+        listed = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        reason = f"for blocks with {listed}"
+    raise ValueError(
+        f"method: expected 'exact' or 'auto' {reason}, which sweeps are not made for, got 'jacobi'"
+    )
+
+
+def _known_to_kernels(block: nn.Module, guidance: Guidance) -> bool:
+    return not _changed(block) and not (guidance.active and guidance.kind == "gaussian")
+
+
+def _changed(block: nn.Module) -> dict:
+    """The parts of a block that are not TarFlow's; modules written elsewhere have none."""
+    parts = getattr(block, "parts", None)
+    return parts.changed() if isinstance(parts, BlockParts) else {}
+
+
+def _invert_by_tokens(
+    block: nn.Module, z: Tensor, y: Tensor | None, guidance: Guidance
+) -> tuple[Tensor, BlockReport]:
+    refuse_sharded(block.parameters())
+    z = z.to(compute_dtype(block.proj_in.weight))
+    guided = guidance.active
+    with torch.no_grad():
+        x, steps = decode_tokens(
+            block,
+            z,
+            y,
+            combine=guidance.combine if guided else None,
+            temperature=guidance.attn_temp if guided else 1.0,
+        )
+    counts = torch.zeros(2, dtype=torch.int64, device=z.device)
+    counts[1] = steps
+    return x, BlockReport(z.new_zeros(len(z)), counts)
+
+
+def refuse_sharded(tensors: Iterable[Tensor]) -> None:
+    if any(hasattr(t, "full_tensor") for t in tensors):
+        raise ValueError(
+            "model: expected weights in one place, got sharded ones (DTensor); gather them before "
+            "sampling"
+        )
 
 
 # --- a block's weights in the layout of the kernels ----------------------------------------------
@@ -141,11 +247,7 @@ def _packed(block: nn.Module, device: torch.device, reverse: bool, heads: int) -
     layers = [_layer(layer) for layer in block.attn_blocks]
     w_in, b_in, w_out, b_out = *_linear(block.proj_in), *_linear(block.proj_out)
     tensors = [w_in, b_in, block.pos_embed, w_out, b_out, *(t for layer in layers for t in layer)]
-    if any(hasattr(t, "full_tensor") for t in tensors):
-        raise ValueError(
-            "model: expected weights in one place, got sharded ones (DTensor); gather them before "
-            "sampling"
-        )
+    refuse_sharded(tensors)
     eps = {
         norm.eps for layer in block.attn_blocks for norm in (layer.attention.norm, layer.mlp.norm)
     }

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .data import Images, scale_pixels
 from .tarflow import TarFlow
-from .train import TrainConfig, add_noise
+from .train_config import TrainConfig
+from .trainer import add_noise
 
 _NOISE_SEED = 0x5EED  # evaluation draws the same noise whatever run it is part of
 

@@ -9,20 +9,34 @@ import torch
 from .checkpoint import write_whole
 
 
-def read_records(records: list[dict]) -> list[dict[str, float]]:
-    """Records of ``Trainer.step`` as numbers, in one transfer: the only wait for the device."""
-    names = ("loss", "grad_norm", "refused")
-    table = torch.stack([torch.stack([r[name].float() for name in names]) for r in records])
+def read_records(records: list[dict], offset: float = math.log2(128)) -> list[dict]:
+    """Records of ``Trainer.step`` as numbers, in one transfer: the only wait for the device.
+
+    Args:
+        offset: of bits per dim: the default is that of images of 256 levels on [-1, 1].
+    """
+    names = ("loss", "grad_norm", "refused", "stop")
+    table = torch.stack(
+        [
+            torch.cat([torch.stack([r[name].float() for name in names]), r["logdets"].float()])
+            for r in records
+        ]
+    )
     return [
         {
             "step": record["step"],
             "loss": loss,
-            "bits_per_dim": _bits(loss),
+            # The loss leaves out ln(2 pi) / 2.
+            "bits_per_dim": (loss + 0.5 * math.log(2 * math.pi)) / math.log(2) + offset,
+            "logdets": logdets,
             "grad_norm": norm,
             "lr": record["lr"],
             "refused": int(refused),
+            "stop": bool(stop),
         }
-        for record, (loss, norm, refused) in zip(records, table.tolist(), strict=True)
+        for record, (loss, norm, refused, stop, *logdets) in zip(
+            records, table.tolist(), strict=True
+        )
     ]
 
 
@@ -34,7 +48,10 @@ class MetricsLog:
         OSError: naming the file that could not be written.
     """
 
-    def __init__(self, out: Path, step: int):
+    def __init__(self, out: Path, step: int, writes: bool = True):
+        self._file = self._board = None
+        if not writes:  # of several processes one does
+            return
         path = out / "metrics.jsonl"
         _keep_records(path, step)
         self._board = _tensorboard(out)
@@ -44,21 +61,22 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: dict) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps(finite(record)) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in record.items():
-                self._board.add_scalar(name, value, record["step"])
-
-
-def _bits(loss: float) -> float:
-    """The loss leaves ``ln(2 pi) / 2`` out and counts images on [-1, 1]."""
-    return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2) + math.log2(128)
+                many = value if isinstance(value, list) else [value]
+                for i, number in enumerate(many):
+                    tag = f"{name}/{i}" if isinstance(value, list) else name
+                    self._board.add_scalar(tag, number, record["step"])
 
 
 def finite(value):

@@ -1,7 +1,7 @@
 """Sampling from a stack of autoregressive blocks: what is finished comes at once, with a report of
 how each block was solved.
 
-Source: Zhai et al. (arXiv 2412.06329).
+Source: Zhai et al. (arXiv 2412.06329); Gaussian guidance: Gu et al. (arXiv 2506.06276).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from flowops import noise_normal
 from flowops.noise import Rng, make_rng
 
 from .batching import ProgressBar, fitting_batch, in_batches
-from .decode import BlockReport, Guidance, Solver, invert_block
+from .decode import BlockReport, Guidance, Solver, check_method, invert_block
 from .patches import unpatchify
 
 
@@ -27,7 +27,8 @@ class SamplingReport:
         residual: the largest change that one more sweep would make, in units of the block's output:
             at most ``tol``, and 0 for the exact sampler.
         sweeps: passes over windows of tokens that the image's batch took.
-        steps: passes over single tokens; ``T - 1`` for the exact sampler.
+        steps: passes over single tokens; of the exact sampler as many as tokens are transformed,
+            ``T - 1``, or ``T`` with ``shift="input"``.
     """
 
     residual: Tensor
@@ -99,6 +100,7 @@ class Sampling:
         annealed_guidance: bool = False,
         return_sequence: bool = False,
         *,
+        guidance_kind: str = "linear",
         method: str = "exact",
         tol: float = 1e-3,
         window: int | None = None,
@@ -115,8 +117,11 @@ class Sampling:
             attn_temp: the unguided pass divides its attention scores by it.
             annealed_guidance: g grows linearly along the tokens.
             return_sequence: also the images before and between the blocks.
+            guidance_kind: ``"linear"``, the above, or ``"gaussian"``: mean and deviation of
+                ``p^(1 + g) / p_u^g`` (``gaussian_guidance``), always of both, token by token.
             method: ``"exact"``, token by token; ``"jacobi"``, windows of tokens at once, until each
-                block's equation holds to ``tol``; ``"auto"``, for each block what pays.
+                block's equation holds to ``tol``; ``"auto"``, for each block what pays: "exact" for
+                STARFlow's parts and Gaussian guidance, which sweeps are not made for.
             tol: the largest ``|F(x) - x|`` that is left in a block, in units of x; 0: the exact
                 result by any method.
             window: tokens a sweep; None for what suits the device.
@@ -129,13 +134,14 @@ class Sampling:
         Raises:
             TypeError, ValueError: naming the argument that is off.
 
-        Source: arXiv 2412.06329 (inverse and guidance).
+        Source: arXiv 2412.06329 (inverse and guidance), arXiv 2506.06276 (Gaussian guidance).
         """
-        plan = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        plan = Guidance(guidance, guide_what, attn_temp, annealed_guidance, guidance_kind)
         solver = Solver(method, tol, window)
         self._check_noise(noise)
         self._check_labels(y, noise.shape[0])
         self._check_guidance(plan)
+        check_method(self.blocks, plan, solver)
         sequence = [noise]
 
         def finished(x: Tensor) -> None:
@@ -164,6 +170,7 @@ class Sampling:
         guide_what: str = "ab",
         attn_temp: float = 1.0,
         annealed_guidance: bool = False,
+        guidance_kind: str = "linear",
         method: str = "exact",
         tol: float = 1e-3,
         window: int | None = None,
@@ -178,8 +185,8 @@ class Sampling:
         Args:
             n: how many.
             y: one label for all, ``[n]`` labels, or None.
-            guidance, guide_what, attn_temp, annealed_guidance, method, tol, window, on_block: as in
-                ``reverse``.
+            guidance, guide_what, attn_temp, annealed_guidance, guidance_kind, method, tol, window,
+                on_block: as in ``reverse``.
             denoise_std: if positive, ``denoise`` the images with it.
             rng: as in ``flowops.make_rng``. The noise of image i depends on rng and i alone; n and
                 batch_size change an exact image by rounding at most.
@@ -200,9 +207,10 @@ class Sampling:
         if isinstance(y, int):
             y = torch.full((n,), y, device=device)
         self._check_labels(y, n)
-        plan = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        plan = Guidance(guidance, guide_what, attn_temp, annealed_guidance, guidance_kind)
         solver = Solver(method, tol, window)
         self._check_guidance(plan)
+        check_method(self.blocks, plan, solver)
         noise = noise_normal((n, self.num_patches * self.patch_channels), rng=make_rng(rng, device))
         noise = noise.view(n, self.num_patches, self.patch_channels).to(self.var.dtype)
 
@@ -211,6 +219,7 @@ class Sampling:
             labels = None if y is None else y[first:last]
             images, report = self.reverse(
                 *(noise[first:last], labels, guidance, guide_what, attn_temp, annealed_guidance),
+                guidance_kind=guidance_kind,
                 method=method,
                 tol=tol,
                 window=window,

@@ -6,7 +6,7 @@ checkpoints load unchanged.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -22,18 +22,22 @@ from flowops.noise import Rng
 from .decode import forget_weights
 from .patches import patchify, unpatchify
 from .sampling import Sampling
+from .starflow import STARFLOW, BlockParts, check_parts
 from .transformer import TarFlowBlock
 
 
-def gaussian_noise(x: Tensor, std: float, rng: Rng = None) -> Tensor:
-    """``x + std * eps``, one row of the noise contract an image."""
-    eps = noise_normal((x.shape[0], x[0].numel()), rng=rng, device=x.device, dtype=x.dtype)
+def gaussian_noise(x: Tensor, std: float, rng: Rng = None, first_row: int = 0) -> Tensor:
+    """``x + std * eps``, one row of the noise contract an image, from ``first_row`` on."""
+    shape = (x.shape[0], x[0].numel())
+    eps = noise_normal(shape, rng=rng, device=x.device, dtype=x.dtype, first_row=first_row)
     return x + std * eps.view_as(x)
 
 
-def uniform_dequantize(x: Tensor, rng: Rng = None) -> Tensor:
-    """8-bit images in [-1, 1] to ``2 (k + u) / 256 - 1``, ``k = (x + 1) 255 / 2``, u uniform."""
-    u = noise_uniform((x.shape[0], x[0].numel()), rng=rng, device=x.device, dtype=x.dtype)
+def uniform_dequantize(x: Tensor, rng: Rng = None, first_row: int = 0) -> Tensor:
+    """8-bit images in [-1, 1] to ``2 (k + u) / 256 - 1``, ``k = (x + 1) 255 / 2``, u uniform, one
+    row of the noise contract an image, from ``first_row`` on."""
+    shape = (x.shape[0], x[0].numel())
+    u = noise_uniform(shape, rng=rng, device=x.device, dtype=x.dtype, first_row=first_row)
     return ((x + 1) * (255 / 2) + u.view_as(x)) / 128 - 1
 
 
@@ -55,13 +59,18 @@ class TarFlow(Sampling, nn.Module):
         in_channels: colour channels c of the image.
         img_size: height and width of the image in pixels.
         patch_size: side of a patch, a divisor of img_size.
-        channels: width of the Transformer, a multiple of head_dim.
+        channels: width of the Transformer, a multiple of head_dim; or one width a block, the first
+            of the block that reads the image.
         num_blocks: autoregressive blocks; every second one reads the tokens in reverse.
-        layers_per_block: Transformer layers in each.
+        layers_per_block: Transformer layers in each, or one number a block.
         nvp: affine steps; False: shifts alone (volume preserving), with a learned prior variance.
         num_classes: 0 for an unconditional model.
         head_dim: width of an attention head.
         expansion: hidden width of the perceptrons, in multiples of channels.
+        shift, scale, soft_clip, norm, final_norm, positions: of what the blocks are made, as in
+            ``BlockParts``.
+        reverse_first: the blocks that read in reverse are the first, third, ..., not the second,
+            fourth, ...
         checkpoint_blocks: True: keep only what passes between the blocks for the backward pass,
             which computes each block again; "selective": also what ``flowops.SAC_SAVE_OPS`` return,
             which are then not computed again. An attribute of the same name, free to change; no
@@ -80,14 +89,21 @@ class TarFlow(Sampling, nn.Module):
         in_channels: int,
         img_size: int,
         patch_size: int,
-        channels: int,
+        channels: int | Sequence[int],
         num_blocks: int,
-        layers_per_block: int,
+        layers_per_block: int | Sequence[int],
         nvp: bool = True,
         num_classes: int = 0,
         *,
         head_dim: int = 64,
         expansion: int = 4,
+        shift: Literal["output", "input"] = "output",
+        scale: Literal["exp", "softplus"] = "exp",
+        soft_clip: float = 0.0,
+        norm: Literal["layer", "rms"] = "layer",
+        final_norm: bool = False,
+        positions: Literal["learned", "rotary"] = "learned",
+        reverse_first: bool = False,
         checkpoint_blocks: bool | Literal["selective"] = False,
     ):
         super().__init__()
@@ -105,14 +121,24 @@ class TarFlow(Sampling, nn.Module):
         }
         for name, value in self.config.items():
             least = 0 if name in ("num_classes", "nvp") else 1
+            if name in ("channels", "layers_per_block") and isinstance(value, Sequence):
+                continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         if img_size % patch_size:
             raise ValueError(
                 f"patch_size: expected a divisor of img_size {img_size}, got {patch_size}"
             )
-        if channels % head_dim:
+        widths = self._by_block("channels")
+        layers = self._by_block("layers_per_block")
+        if any(width % head_dim for width in widths):
             raise ValueError(f"channels: expected a multiple of {head_dim}, got {channels}")
+        parts = BlockParts(shift, scale, soft_clip, norm, final_norm, positions)
+        check_parts(parts, nvp, head_dim)
+        # What is TarFlow's own is left out, so that programs that know no parts read plain models.
+        self.config |= parts.changed()
+        if reverse_first:
+            self.config["reverse_first"] = True
         self.in_channels, self.img_size, self.patch_size = in_channels, img_size, patch_size
         self.num_classes, self.nvp = num_classes, nvp
         self.checkpoint_blocks, self._one_graph = checkpoint_blocks, False
@@ -121,19 +147,42 @@ class TarFlow(Sampling, nn.Module):
         self.blocks = nn.ModuleList(
             TarFlowBlock(
                 self.patch_channels,
-                channels,
+                widths[i],
                 self.num_patches,
-                reverse=bool(i % 2),
-                num_layers=layers_per_block,
+                reverse=i % 2 != bool(reverse_first),
+                num_layers=layers[i],
                 head_dim=head_dim,
                 expansion=expansion,
                 nvp=nvp,
                 num_classes=num_classes,
+                parts=parts,
             )
             for i in range(num_blocks)
         )
         # Variance of the prior: stays one, unless nvp is off and `update_prior` is called.
         self.register_buffer("var", torch.ones(self.num_patches, self.patch_channels))
+
+    @classmethod
+    def starflow(cls, *args, **kwargs) -> "TarFlow":
+        """A TarFlow with STARFlow's parts: ``TarFlow(*args, **STARFLOW)``; arguments named here
+        come first. Its deep block is the last, as in ``layers_per_block=[2, 2, 2, 2, 2, 24]``.
+
+        Source: Gu et al. (arXiv 2506.06276).
+        """
+        return cls(*args, **(STARFLOW | kwargs))
+
+    def _by_block(self, name: str) -> list[int]:
+        """The numbers of each block; sequences are kept as lists, which files can hold."""
+        value, blocks = self.config[name], self.config["num_blocks"]
+        if isinstance(value, int):
+            return [value] * blocks
+        values = self.config[name] = list(value)
+        if len(values) != blocks or any(type(v) is not int or v < 1 for v in values):
+            raise ValueError(
+                f"{name}: expected an integer of at least 1 for each of {blocks} blocks, got "
+                f"{value!r}"
+            )
+        return values
 
     def compile_blocks(self, **options) -> None:
         """Puts the forward of every block through ``torch.compile``, in place.

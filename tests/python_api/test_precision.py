@@ -8,7 +8,8 @@ from flowops import affine_inverse, affine_update
 from flowops.api import TarFlow
 from flowops.api.data import Images
 from flowops.api.precision import check_precision, matmul_precision
-from flowops.api.train import TrainConfig, Trainer, build_model
+from flowops.api.train_config import TrainConfig
+from flowops.api.trainer import Trainer, build_model
 
 
 def tiny(**changes):

@@ -13,14 +13,11 @@ from flowops.api import TarFlow, load_model
 from flowops.api.checkpoint import read_tensors, save_tensors
 from flowops.api.data import Images, load_images, scale_pixels
 from flowops.api.evaluate import evaluate
-from flowops.api.train import (
-    TrainConfig,
-    Trainer,
-    add_noise,
-    build_model,
-    learning_rate,
-    run_training,
-)
+from flowops.api.parallel import World
+from flowops.api.run_checkpoints import Checkpoints
+from flowops.api.train import run_training
+from flowops.api.train_config import TrainConfig, learning_rate
+from flowops.api.trainer import Trainer, add_noise, build_model
 
 TINY = TrainConfig(
     patch_size=4,
