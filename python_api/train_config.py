@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,17 @@ class TrainConfig:
     """What the device can do at this precision, for `mfu`; 0: measured at the start."""
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            choices, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(
+                    f"{field.name}: expected one of {', '.join(choices)}, got {value!r}"
+                )
+        if self.checkpoint_blocks not in (False, True, "selective"):
+            raise ValueError(
+                f"checkpoint_blocks: expected False, True or 'selective', got "
+                f"{self.checkpoint_blocks!r}"
+            )
         positive = (
             *("patch_size", "channels", "blocks", "layers", "steps", "batch_size", "accumulate"),
             *("lr", "checkpoint_every", "keep_checkpoints", "log_every"),

@@ -255,11 +255,11 @@ class Trainer:
     @torch.no_grad()
     def _average(self, finite: Tensor) -> None:
         decay = min(self.config.ema, (1 + self.step_count) / (10 + self.step_count))
-        # After a refused step the weights are what they were: finite.
-        weight = finite * (1 - decay)
         current = self.model.state_dict()
         for name, mean in self.ema.items():
-            local(mean).lerp_(local(current[name]), weight.to(mean.dtype))
+            mean = local(mean)
+            # A refused step goes towards itself: a weight of zero would let a NaN through.
+            mean.lerp_(torch.where(finite, local(current[name]), mean), 1 - decay)
 
     # --- state -----------------------------------------------------------------------------------
 

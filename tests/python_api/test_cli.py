@@ -1,12 +1,16 @@
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from flowops.api import TarFlow, load_model
+from flowops.api.checkpoint import read_tensors
 from flowops.api.cli import COMMANDS, main
+from flowops.api.train_config import PRESETS, load_config
 
 TINY = ["--data", "digits", "--patch-size", "4", "--channels", "64", "--blocks", "2"]
 TINY += ["--layers", "1", "--steps", "20", "--batch-size", "16", "--held-out", "50"]
@@ -55,26 +59,34 @@ assert main(["train"]) == 1
 def test_train_leaves_its_files(trained):
     names = {path.name for path in trained.iterdir()} - {"tensorboard"}
     assert names == {
-        "checkpoint.safetensors",
+        "checkpoints",
+        "config.json",
         "metrics.jsonl",
         "model.safetensors",
-        "samples.png",
+        "samples",
     }
+    assert [path.name for path in (trained / "samples").iterdir()] == ["step-00000020.png"]
+    assert [path.name for path in (trained / "checkpoints").iterdir()] == ["step-00000020"]
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 20
     assert last["images_per_second"] > 0
+    assert last["mfu"] > 0
+    assert len(last["logdets"]) == 2
+    assert json.loads((trained / "config.json").read_text())["channels"] == 64
 
 
 def test_train_does_not_overwrite_a_run(trained, capsys):
     assert main(["train", *TINY, "--out", str(trained)]) == 1
-    assert "checkpoint.safetensors exists; go on from it with --resume" in capsys.readouterr().err
+    assert (
+        "checkpoints/step-00000020 exists; go on from it with --resume" in capsys.readouterr().err
+    )
 
 
 def test_train_compiles_and_checkpoints_on_demand(tmp_path, monkeypatch, capsys):
     models = []
     monkeypatch.setattr(TarFlow, "compile_blocks", lambda model: models.append(model))
     out = str(tmp_path / "run")
-    assert main(["train", *TINY, "--compile", "--checkpoint-blocks", "--out", out]) == 0
+    assert main(["train", *TINY, "--compile", "--checkpoint-blocks", "True", "--out", out]) == 0
     assert [model.checkpoint_blocks for model in models] == [True]
 
     def broken(model):
@@ -97,6 +109,44 @@ def test_resume_of_a_finished_run(trained):
     assert main(["train", *TINY, "--out", str(trained), "--resume"]) == 0
     after = load_model(trained / "model.safetensors").state_dict()
     assert all((after[k] == before[k]).all() for k in before)
+
+
+def test_a_run_of_an_earlier_version_is_refused(tmp_path, capsys):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    assert main(["train", *TINY, "--out", str(tmp_path), "--resume"]) == 1
+    assert "checkpoint.safetensors is of an earlier version" in capsys.readouterr().err
+
+
+def test_train_takes_a_preset_or_a_file_and_changes_it(trained, tmp_path):
+    small = ["--data", "digits", "--steps", "3", "--samples", "4", "--log-every", "1"]
+    out = tmp_path / "preset"
+    assert main(["train", "mnist", *small, "--channels", "64", "--out", str(out)]) == 0
+    config = load_config(str(out / "config.json"))
+    changes = {"steps": 3, "channels": 64, "log_every": 1}
+    assert config == dataclasses.replace(PRESETS["mnist"], **changes)
+    again = tmp_path / "file"
+    arguments = [str(out / "config.json"), "--data", "digits", "--out", str(again)]
+    assert main(["train", *arguments, "--lr", "0.001", "--sample-every", "2"]) == 0
+    assert load_config(str(again / "config.json")).lr == 0.001
+    assert len(list((again / "samples").iterdir())) == 2
+
+
+def test_export_writes_what_the_reference_program_loads(trained, tmp_path, capsys):
+    """Every name of its state dict, also the masks."""
+    for weights in ("ema", "model"):
+        out = tmp_path / f"{weights}.safetensors"
+        assert main(["export", str(trained), "--out", str(out), "--weights", weights]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+        tensors, metadata = read_tensors(out)
+        assert torch.equal(tensors["blocks.1.attn_mask"], torch.ones(4, 4).tril())
+        assert metadata["step"] == 20
+        model = load_model(out)
+        assert set(tensors) == {*model.state_dict(), *(f"blocks.{i}.attn_mask" for i in range(2))}
+    averaged = load_model(trained / "model.safetensors").state_dict()
+    exported = load_model(tmp_path / "ema.safetensors").state_dict()
+    assert all(torch.equal(averaged[name], exported[name]) for name in averaged)
+    assert main(["export", str(tmp_path)]) == 1
+    assert "is not a checkpoint of a training run" in capsys.readouterr().err
 
 
 def test_sample_writes_a_grid(trained, tmp_path, capsys):
@@ -184,6 +234,8 @@ def test_eval_reports_bits_and_accuracy(trained, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "imagenet"], "config: expected one of mnist, imagenet64-bpd"),
+        (["export", "/nowhere"], "/nowhere is not a checkpoint of a training run"),
         (["train", "--data", "/nowhere"], "data: expected 'mnist', 'digits' or a folder"),
         (["train", *TINY, "--steps", "0"], "steps: expected a positive number, got 0"),
         (["train", *TINY, "--patch-size", "3"], "patch_size: expected a divisor of img_size 8"),

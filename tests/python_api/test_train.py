@@ -10,13 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowops.api import TarFlow, load_model
-from flowops.api.checkpoint import read_tensors, save_tensors
 from flowops.api.data import Images, load_images, scale_pixels
 from flowops.api.evaluate import evaluate
 from flowops.api.parallel import World
 from flowops.api.run_checkpoints import Checkpoints
 from flowops.api.train import run_training
-from flowops.api.train_config import TrainConfig, learning_rate
+from flowops.api.train_config import TrainConfig
 from flowops.api.trainer import Trainer, add_noise, build_model
 
 TINY = TrainConfig(
@@ -41,6 +40,34 @@ def digits():
 
 def trainer(config, data):
     return Trainer(config, build_model(config, data), data)
+
+
+def checkpoints(path):
+    return Checkpoints(path / "checkpoints", World())
+
+
+def save(run, path):
+    """Writes a checkpoint and returns where it is."""
+    all_of_them = checkpoints(path)
+    run.save(all_of_them)
+    all_of_them.finish()
+    return all_of_them.latest()
+
+
+def load(run, path):
+    run.load(checkpoints(path), checkpoints(path).latest())
+
+
+def spoil(run, factor):
+    """Multiplies the images of a step by ``factor(step)``."""
+    good = run._noisy
+
+    def noisy(images, step, part):
+        x, y = good(images, step, part)
+        return x * factor(step), y
+
+    run._noisy = noisy
+    return good
 
 
 def weights(model):
@@ -80,25 +107,22 @@ def test_resume_is_exact(digits, tmp_path, changes):
     first = trainer(config, digits)
     for _ in range(5):
         first.step()
-    first.save(tmp_path / "checkpoint.safetensors")
+    save(first, tmp_path)
     second = trainer(config, digits)
-    second.load(tmp_path / "checkpoint.safetensors")
+    load(second, tmp_path)
     assert [second.step()["loss"] for _ in range(7)] == losses[5:]
     assert_same(weights(second.model), weights(whole.model))
     assert_same(second.ema, whole.ema)
 
 
 def test_resume_with_other_settings_is_refused(digits, tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
-    trainer(TINY, digits).save(path)
-    with pytest.raises(
-        ValueError, match=r"lr: .*checkpoint.* was trained with 0.002, this run has"
-    ):
-        trainer(dataclasses.replace(TINY, lr=1e-3), digits).load(path)
-    trainer(dataclasses.replace(TINY, log_every=7), digits).load(path)
-    save_tensors(path, build_model(TINY, digits).state_dict(), {})
-    with pytest.raises(ValueError, match="is not a training checkpoint"):
-        trainer(TINY, digits).load(path)
+    path = save(trainer(TINY, digits), tmp_path)
+    with pytest.raises(ValueError, match=r"lr: .*step-0.* was trained with 0.002, this run has"):
+        load(trainer(dataclasses.replace(TINY, lr=1e-3), digits), tmp_path)
+    load(trainer(dataclasses.replace(TINY, log_every=7, accumulate=2), digits), tmp_path)
+    (path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="is not a checkpoint of a training run"):
+        trainer(TINY, digits).load(checkpoints(tmp_path), path)
 
 
 @pytest.mark.parametrize(
@@ -118,38 +142,24 @@ def test_resume_with_other_settings_is_refused(digits, tmp_path):
     ],
 )
 def test_resume_on_other_data_is_refused(digits, tmp_path, change, match):
-    path = tmp_path / "checkpoint.safetensors"
-    trainer(TINY, digits).save(path)
-    trainer(TINY, Images(digits.pixels.clone(), digits.labels, digits.class_names)).load(path)
-    with pytest.raises(ValueError, match=rf"data: .*checkpoint.safetensors was .*{match}"):
-        trainer(TINY, change(digits)).load(path)
-
-
-def test_a_checkpoint_of_an_earlier_version_resumes(digits, tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
-    first = trainer(TINY, digits)
-    first.step()
-    first.save(path)
-    tensors, metadata = read_tensors(path)
-    del metadata["data"]
-    for name in ("compile", "checkpoint_blocks"):
-        del metadata["train_config"][name]
-    save_tensors(path, tensors, metadata)
-    second = trainer(TINY, digits[torch.arange(1000)])
-    second.load(path)
-    assert second.step_count == 1
+    save(trainer(TINY, digits), tmp_path)
+    load(trainer(TINY, Images(digits.pixels.clone(), digits.labels, digits.class_names)), tmp_path)
+    with pytest.raises(ValueError, match=rf"data: .*step-00000000 was .*{match}"):
+        load(trainer(TINY, change(digits)), tmp_path)
 
 
 def test_checkpointed_blocks_train_to_the_same_bits(digits, tmp_path):
     """Also from the middle of a run that did without."""
-    runs = [trainer(dataclasses.replace(TINY, checkpoint_blocks=c), digits) for c in (False, True)]
+    kinds = (False, True, "selective")
+    runs = [trainer(dataclasses.replace(TINY, checkpoint_blocks=c), digits) for c in kinds]
     for run in runs:
         assert run.model.checkpoint_blocks == run.config.checkpoint_blocks
         for _ in range(2):
             run.step()
     assert_same(weights(runs[0].model), weights(runs[1].model))
-    runs[0].save(tmp_path / "checkpoint.safetensors")
-    runs[1].load(tmp_path / "checkpoint.safetensors")
+    assert_same(weights(runs[0].model), weights(runs[2].model))
+    save(runs[0], tmp_path)
+    load(runs[1], tmp_path)
     assert runs[0].step()["loss"] == runs[1].step()["loss"]
 
 
@@ -187,7 +197,8 @@ def test_records_are_read_together(digits, tmp_path):
     assert [r["step"] for r in written] == [5, 10, 12]
 
 
-def test_an_interrupt_waits_for_the_step_and_saves(digits, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_saves(digits, tmp_path, number):
     run = trainer(TINY, digits)
     calm = trainer(TINY, digits)
     for _ in range(4):
@@ -195,16 +206,19 @@ def test_an_interrupt_waits_for_the_step_and_saves(digits, tmp_path):
 
     def on_gradient(gradient):
         if run.step_count == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     run.model.blocks[0].pos_embed.register_hook(on_gradient)
-    with pytest.raises(KeyboardInterrupt):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as caught:
         run_training(run, tmp_path)
+    if number == signal.SIGTERM:
+        assert caught.value.code == 0
     resumed = trainer(TINY, digits)
-    resumed.load(tmp_path / "checkpoint.safetensors")
+    load(resumed, tmp_path)
     assert resumed.step_count == 4
     assert_same(weights(resumed.model), weights(calm.model))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
 
 
 def test_a_bad_step_is_refused_and_ten_stop_the_run(digits, tmp_path):
@@ -231,14 +245,13 @@ def test_a_refused_step_leaves_optimizer_and_averages_alone(digits, nvp):
     names = ("model", "ema")
     before = {name: {k: t.clone() for k, t in state(run, name).items()} for name in names}
     moments = [{k: t.clone() for k, t in s.items()} for s in run.optimizer.state.values()]
-    good = run.batch
-    run.batch = lambda step: (good(step)[0] * float("nan"), good(step)[1])
+    good = spoil(run, lambda step: float("nan"))
     assert run.step()["refused"]
     for name in names:
         assert_same(before[name], state(run, name))
     for old, new in zip(moments, run.optimizer.state.values(), strict=True):
         assert_same(old, new)
-    run.batch = good
+    run._noisy = good
     assert not run.step()["refused"]
     assert not torch.equal(run.ema["blocks.0.pos_embed"], before["ema"]["blocks.0.pos_embed"])
 
@@ -250,19 +263,17 @@ def state(run, name):
 def test_ten_refused_steps_between_two_readings_stop_the_run(digits, tmp_path):
     config = dataclasses.replace(TINY, steps=40, log_every=16, checkpoint_every=16)
     run = trainer(config, digits)
-    good = run.batch
-    run.batch = lambda step: (good(step)[0] * (float("nan") if step >= 3 else 1), good(step)[1])
+    spoil(run, lambda step: float("nan") if step >= 3 else 1)
     with pytest.raises(FloatingPointError, match="step 13: ten steps in a row"):
         run_training(run, tmp_path)
-    assert not (tmp_path / "checkpoint.safetensors").exists()
+    assert checkpoints(tmp_path).latest() is None
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(4, 14))
 
 
 def test_one_refused_step_does_not_stop_the_run(digits):
     run = trainer(TINY, digits)
-    good = run.batch
-    run.batch = lambda step: (good(step)[0] * (float("inf") if step == 1 else 1), good(step)[1])
+    spoil(run, lambda step: float("inf") if step == 1 else 1)
     assert [run.step()["refused"] for _ in range(4)] == [0, 1, 0, 0]
     assert all(bool(t.isfinite().all()) for t in run.model.state_dict().values())
 
@@ -294,29 +305,6 @@ def test_labels_are_dropped_at_the_asked_rate(digits):
     assert (run.batch(0)[1] >= 0).all()
 
 
-def test_shift_moves_whole_images():
-    pixels = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
-    config = dataclasses.replace(TINY, batch_size=64, shift=2, noise_std=0.0)
-    run = trainer(config, Images(pixels, None))
-    padded = torch.nn.functional.pad(scale_pixels(pixels), (2, 2, 2, 2), mode="replicate")
-    windows = padded.unfold(2, 8, 1).unfold(3, 8, 1).reshape(64 * 25, 64)
-    moved = run.batch(0)[0].view(64, 64)
-    distance = torch.cdist(moved, windows, compute_mode="donot_use_mm_for_euclid_dist")
-    assert (distance.min(1).values == 0).all()
-    offsets = set((distance.argmin(1) % 25).tolist())
-    assert len(offsets) > 10
-
-
-def test_learning_rate_warms_up_and_decays():
-    config = dataclasses.replace(TINY, steps=100, warmup=10, lr=1e-2)
-    rates = [learning_rate(config, step) for step in range(101)]
-    assert rates[0] == pytest.approx(1e-6)
-    assert rates[10] == pytest.approx(1e-2)
-    assert rates[100] == pytest.approx(1e-6)
-    assert rates[:11] == sorted(rates[:11])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
 def test_evaluation_draws_the_same_noise_each_time(digits):
     run = trainer(TINY, digits)
     part = digits[torch.arange(300)]
@@ -336,15 +324,15 @@ def command(out, *extra):
 def test_killed_at_any_moment_it_goes_on_to_the_same_model(tmp_path):
     subprocess.run(command(tmp_path / "calm"), check=True, capture_output=True)
     out = tmp_path / "killed"
-    checkpoint = out / "checkpoint.safetensors"
     generator = torch.Generator().manual_seed(7)
-    for attempt in range(3):
-        resume = ["--resume"] if attempt else []
-        with subprocess.Popen(command(out, *resume), stdout=subprocess.DEVNULL) as process:
-            before = checkpoint.stat().st_mtime_ns if resume else None
-            while process.poll() is None and (
-                not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before
-            ):
+
+    def steps():
+        return set((out / "checkpoints").glob("step-*"))
+
+    for _ in range(3):
+        before = steps()
+        with subprocess.Popen(command(out, "--resume"), stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not steps() - before:
                 time.sleep(0.01)
             time.sleep(0.1 * torch.rand(1, generator=generator).item())
             process.send_signal(signal.SIGKILL)
@@ -353,27 +341,17 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_model(tmp_path):
     assert_same(*(weights(model) for model in same))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [10, 20, 30, 40]
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"batch_size": 0}, "batch_size: expected a positive number, got 0"),
-        ({"lr": -1.0}, "lr: expected a positive number"),
-        ({"lr": float("nan")}, "lr: expected a positive number"),
-        ({"noise_std": -0.1}, "noise_std: expected at least 0"),
-        ({"drop_label": 1.0}, "drop_label: expected from 0 to below 1"),
-        ({"ema": 1.5}, "ema: expected from 0 to below 1"),
-    ],
-)
-def test_bad_settings(changes, match):
-    with pytest.raises(ValueError, match=match):
-        dataclasses.replace(TINY, **changes)
+    assert len(steps()) == 2
+    assert not list((out / "checkpoints").glob(".*"))
 
 
 def test_settings_that_do_not_fit_the_data(digits):
     with pytest.raises(ValueError, match="batch_size: expected at most the 1797 training images"):
         trainer(dataclasses.replace(TINY, batch_size=5000), digits)
+    with pytest.raises(ValueError, match="crop: expected at most the images' 8 pixels, got 9"):
+        trainer(dataclasses.replace(TINY, crop=9), digits)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 .*, got 16"):
+        Trainer(dataclasses.replace(TINY), build_model(TINY, digits), digits, World(size=3))
     with pytest.raises(ValueError, match="shift: expected less than the image"):
         trainer(dataclasses.replace(TINY, shift=8), digits)
     with pytest.raises(ValueError, match="patch_size: expected a divisor"):
