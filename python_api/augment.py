@@ -15,7 +15,7 @@ def crop_and_flip(
         x: ``[B, c, H, H]``, any dtype.
         size: side of the squares in pixels, at most H.
         shift: how far a square may reach over the border; what lies there repeats the edge.
-        flip: mirror every second image, left to right.
+        flip: mirror images left to right, each with a probability of one half.
         rng: as in ``flowops.make_rng``.
         first_row: what image of its batch the first of x is.
 

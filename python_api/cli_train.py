@@ -20,9 +20,9 @@ def train(argv: list[str]) -> None:
     @dataclasses.dataclass(frozen=True)
     class Arguments:
         config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-        data: str = "mnist"
-        """A store of `flowops data prepare`, latents (.npy), "mnist", "digits", or a folder of
-        images that fits into memory (its subfolders are the classes)."""
+        data: str | None = None
+        """A store of `flowops data prepare`, latents (.npy), "mnist" (without CONFIG), "digits", or
+        a folder of images that fits into memory (its subfolders are the classes)."""
         validation: str | None = None
         """Images to evaluate on at the end, as `data`."""
         out: Path = Path("runs/train")
@@ -48,6 +48,10 @@ def train(argv: list[str]) -> None:
         default=Arguments(config),
         description=_ABOUT.format(presets=", ".join(PRESETS)),
     )
+    if args.data is None:
+        if name not in (None, "mnist"):
+            raise ValueError(f"data: needed for {name}, e.g. a store of `flowops data prepare`")
+        args = dataclasses.replace(args, data="mnist")
     from .parallel import join_world
 
     with join_world() as world:

@@ -158,7 +158,7 @@ class _PixelFile:
 
     def __enter__(self) -> "_PixelFile":
         with self._named_errors():
-            self.file = open(self.temporary, "wb", buffering=2**20)  # noqa: SIM115
+            self.file = open(self.temporary, "wb", buffering=2**20)
             self.file.write(bytes(_HEADER))
         return self
 
@@ -343,6 +343,8 @@ def _finish(
     ]
     write_whole(out / "skipped.jsonl", "".join(json.dumps(s) + "\n" for s in skips).encode())
     images = sum(record["images"] for record in records)
+    if not images and not skips:
+        raise ValueError(f"source: {source.root} holds no images")
     skipped = sum(skip["images"] for skip in skips)
     if not images or skipped > max_skipped * (images + skipped):
         raise ValueError(

@@ -112,7 +112,7 @@ def tar_parts(paths: Iterable[tuple[str, Path]]) -> Found:
 
 def _tar_items(part: Part) -> Iterator[Item | Skipped]:
     """Files whose paths are the same up to the first dot of their names make a sample."""
-    key, sample, images = None, {}, 0
+    key, sample, fault = None, {}, None
     try:
         with open(part.path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
@@ -126,19 +126,19 @@ def _tar_items(part: Part) -> Iterator[Item | Skipped]:
                 if not member.isfile() or not stem:
                     continue
                 if (folder, stem) != key:
-                    for item in _sample(part, key, sample):
-                        images += 1
-                        yield item
+                    yield from _sample(part, key, sample)
                     key, sample = (folder, stem), {}
                 if suffix.lower() in (*_TAR_IMAGES, "cls", "json"):
                     sample[suffix.lower()] = archive.extractfile(member).read()
             if not getattr(archive, "end_is_marked", False):
                 raise tarfile.ReadError("no mark of the end")
-        yield from _sample(part, key, sample)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         if key is None:
             raise ValueError(f"{part.path}: not a tar file ({error})") from error
-        yield Skipped(part.name, f"ends early or is broken, after {images} images ({error})")
+        fault = error
+    yield from _sample(part, key, sample)
+    if fault:
+        yield Skipped(part.name, f"ends early or is broken after {'/'.join(key)} ({fault})")
 
 
 def _sample(part: Part, key, files: dict[str, bytes]) -> Iterator[Item | Skipped]:
@@ -295,9 +295,8 @@ def _npz_items(part: Part) -> Iterator[Item | Skipped]:
                     if len(content) != rows * width:
                         raise EOFError("it ends early")
                 except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                    reason = f"unreadable from image {first} on ({error})"
-                    yield Skipped(part.name, reason, part.images - first)
-                    return
+                    # One checksum for all: nothing says which images before are good.
+                    raise ValueError(f"{part.path}: broken ({error})") from error
                 pixels = np.frombuffer(content, np.uint8).reshape(rows, 3, side, side)
                 for k in range(rows):
                     label = None if labels is None else int(labels[first + k]) - 1  # from 1

@@ -48,6 +48,8 @@ def find_source(
     Raises:
         FileNotFoundError, ValueError: naming what is missing, unclear or broken.
     """
+    if not names:
+        raise ValueError("source: expected a folder, or files")
     if len(names) == 1 and Path(names[0]).is_dir():
         folder = Path(os.path.abspath(names[0]))
         kind, files = _look_into(folder)

@@ -46,7 +46,7 @@ def run_in_processes(jobs: Sequence[Job], workers: int, on_images: Callable[[int
                 processes.append(process)
                 running[ours] = process, todo.popleft()
         for connection, (_, job) in running.items():
-            connection.send(job)
+            _send(connection, job)
         while running:
             for connection in wait(list(running)):
                 process, job = running[connection]
@@ -64,7 +64,7 @@ def run_in_processes(jobs: Sequence[Job], workers: int, on_images: Callable[[int
                     on_images(answer)
                 elif todo:
                     running[connection] = process, todo.popleft()
-                    connection.send(running[connection][1])
+                    _send(connection, running[connection][1])
                 else:
                     del running[connection]
                     connection.close()
@@ -75,6 +75,11 @@ def run_in_processes(jobs: Sequence[Job], workers: int, on_images: Callable[[int
             process.join()
         for connection in running:
             connection.close()
+
+
+def _send(connection: Connection, job: Job) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.send(job)  # to a process that died: it is found out when it does not answer
 
 
 def _work(connection: Connection) -> None:

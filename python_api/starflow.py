@@ -96,11 +96,10 @@ STARFLOW = {
 
 
 def log_softplus(u: Tensor) -> Tensor:
-    """``ln ln(1 + e^u)``, with a relative error of a few eps and finite gradients for any u."""
+    """``ln ln(1 + e^u)``, accurate to a few eps, and its gradient too, for any u."""
     # Below the bound softplus is exp to the last bit, even of fp64, and soon underflows.
     bound = 36.0
-    above = u.clamp(min=-bound)
-    return F.softplus(above, threshold=bound).log() + (u - above)
+    return torch.where(u < -bound, u, F.softplus(u.clamp(min=-bound), threshold=bound).log())
 
 
 def split_params(params: Tensor, channels: int) -> tuple[Tensor, Tensor]:

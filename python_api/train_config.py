@@ -34,7 +34,7 @@ class TrainConfig:
     shift: int = 0
     """Augmentation: move each image by up to this many pixels."""
     flip: bool = False
-    """Augmentation: mirror every second image, left to right."""
+    """Augmentation: mirror images left to right, each with a probability of one half."""
     conditional: bool = True
     """Use the labels, if the data has any."""
     drop_label: float = 0.1
@@ -176,14 +176,14 @@ _IMAGENET, _AFHQ = 1_281_167, 14_630  # training images
 PRESETS: dict[str, TrainConfig] = {
     "mnist": TrainConfig(batch_size=32, lr=4e-3, warmup=100, ema=0.99, steps=2500),
     "imagenet64-bpd": _published(
-        _IMAGENET, 100, noise="uniform", precision="fp32", conditional=False
+        _IMAGENET, 100, crop=64, noise="uniform", precision="fp32", conditional=False
     ),
-    "imagenet64-uncond": _published(_IMAGENET, 200, conditional=False),
-    "imagenet64-cond": _published(_IMAGENET, 200),
+    "imagenet64-uncond": _published(_IMAGENET, 200, crop=64, conditional=False),
+    "imagenet64-cond": _published(_IMAGENET, 200, crop=64),
     "imagenet128-cond": _published(
-        _IMAGENET, 320, 768, patch_size=4, channels=1024, noise_std=0.15
+        _IMAGENET, 320, 768, crop=128, patch_size=4, channels=1024, noise_std=0.15
     ),
-    "afhq256": _published(_AFHQ, 4000, patch_size=8, noise_std=0.07),
+    "afhq256": _published(_AFHQ, 4000, crop=256, patch_size=8, noise_std=0.07),
 }
 
 

@@ -235,6 +235,7 @@ def test_eval_reports_bits_and_accuracy(trained, capsys):
     ("arguments", "message"),
     [
         (["train", "imagenet"], "config: expected one of mnist, imagenet64-bpd"),
+        (["train", "afhq256"], "data: needed for afhq256, e.g. a store"),
         (["export", "/nowhere"], "/nowhere is not a checkpoint of a training run"),
         (["train", "--data", "/nowhere"], "data: expected 'mnist', 'digits' or a folder"),
         (["train", *TINY, "--steps", "0"], "steps: expected a positive number, got 0"),
