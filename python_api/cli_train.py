@@ -234,8 +234,8 @@ def _export(args) -> None:
     Checkpoints(path.parent, World()).load(path, tensors)
     weights = model.state_dict()
     mask = torch.ones(model.num_patches, model.num_patches).tril()
-    for i in range(len(model.blocks)):  # which the reference program keeps among its weights
-        weights[f"blocks.{i}.attn_mask"] = mask
+    if "shift" not in state["config"]:  # TarFlow's own program keeps it among the weights
+        weights |= {f"blocks.{i}.attn_mask": mask.clone() for i in range(len(model.blocks))}
     save_tensors(
         args.out,
         weights,

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowops import causal_attention
 
 from .starflow import split_params
-from .transformer import TarFlowBlock, class_embedding, positions
+from .transformer import TarFlowBlock, class_embedding, positions, under_autocast
 
 
 class CachedAttention:
@@ -75,7 +75,7 @@ def decode_tokens(
     learned, rotary = block.pos_embed, block.rotary(z)
     if learned is not None:
         learned = positions(block, block.reverse)
-    storage = z.dtype if torch.is_autocast_enabled(z.device.type) else classes.dtype
+    storage = z.dtype if under_autocast(z) else classes.dtype
     x = torch.empty_like(z)
     if block.sos_embed is None:
         x[:, 0] = z[:, 0]

@@ -145,7 +145,7 @@ def evaluate(
         RuntimeError: naming another process that failed.
     """
     world = world or World(device=model.var.device)
-    uint8, labelled = _check_data(model, data)
+    uint8, labelled = check_data(model, data)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected a positive number of images, got {batch_size}")
     check_precision(precision, model.var.device)
@@ -208,11 +208,12 @@ def together(world: World, work: Callable[[], Result]) -> Result:
     return result
 
 
-# --- parts ---------------------------------------------------------------------------------------
+def check_data(model: TarFlow, data: ImageSource) -> tuple[bool, bool]:
+    """Whether the pixels are of 256 levels, and whether there are labels.
 
-
-def _check_data(model: TarFlow, data: ImageSource) -> tuple[bool, bool]:
-    """Whether the pixels are of 256 levels, and whether there are labels."""
+    Raises:
+        ValueError: where images, channels or classes are not the model's.
+    """
     if not len(data):
         raise ValueError("data: expected at least one image")
     one = data[torch.zeros(1, dtype=torch.long)]
@@ -225,6 +226,9 @@ def _check_data(model: TarFlow, data: ImageSource) -> tuple[bool, bool]:
     if one.labels is not None and model.num_classes not in (0, len(data.class_names)):
         raise ValueError(f"data: expected {model.num_classes} classes, got {len(data.class_names)}")
     return one.pixels.dtype == torch.uint8, one.labels is not None
+
+
+# --- parts ---------------------------------------------------------------------------------------
 
 
 def _centre_square(images: Images, size: int) -> Images:

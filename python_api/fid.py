@@ -9,7 +9,6 @@ Equilibrium" (arXiv 1706.08500).
 """
 
 import io
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,14 +21,14 @@ from flowops import noise_normal
 from .batching import fitting_batch, in_batches
 from .checkpoint import read_tensors
 from .decode import Guidance, Solver
-from .evaluate import image_batches, share, together
+from .evaluate import check_data, image_batches, share, together
 from .loading import ImageSource
 from .parallel import World
 from .precision import matmul_precision
 from .tarflow import TarFlow
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-_WEIGHTS_FROM = "github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+_WEIGHTS_FROM = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 
 #: Images at a time in the network: at 299 pixels a side its activations are the larger part.
 _FEATURE_BATCH = 64
@@ -141,39 +140,106 @@ def compute_fid(
         RuntimeError: naming another process that failed.
     """
     world = world or World(device=model.var.device)
-    _check(model, data, n)
-    feature = (load_inception() if feature is None else feature).to(model.var.device)
-    # What it knows of processes would gather all sums of all processes in each.
-    metric = _import_metric()(feature, sync_on_compute=False).to(model.var.device)
+    device = model.var.device
+    _check_images(model, data, n)
+    feature = (load_inception() if feature is None else feature).to(device)
+    # By itself it would gather the sums of all processes in each.
+    metric = _import_metric()(feature, sync_on_compute=False).to(device)
     real, drawn = share(len(data), world), share(n, world)
-    labels = _sample_labels(data, n, model.num_classes)
     done = 0
 
-    def update(pixels: Tensor, real: bool) -> None:
+    def update(pixels: Tensor, is_real: bool) -> None:
         nonlocal done
         for part in pixels.split(_FEATURE_BATCH):
-            metric.update(part.expand(-1, 3, -1, -1), real=real)
+            metric.update(part.expand(-1, 3, -1, -1), real=is_real)
         done += len(pixels)
         if on_batch is not None:
-            on_batch(done, len(real_images) + len(drawn))
-
-    real_images = real
+            on_batch(done, len(real) + len(drawn))
 
     def work() -> None:
         with matmul_precision("fp32"):
             for _, images in image_batches(data, real, batch_size, model.img_size):
-                update(images.pixels.to(model.var.device), real=True)
+                update(images.pixels.to(device), is_real=True)
+            labels = sample_labels(data, n, model.num_classes)
             for images in _samples(model, drawn, labels, seed, denoise_std, batch_size, options):
-                update(to_pixels(images), real=False)
+                update(to_pixels(images), is_real=False)
 
     together(world, work)
     for kind in ("real", "fake") if world.size > 1 else ():
         for name in ("sum", "cov_sum", "num_samples"):
             dist.all_reduce(getattr(metric, f"{kind}_features_{name}"))
-    value = metric.cpu().compute().item() if world.rank == 0 else None
-    return world.first(value)
+    return world.first(metric.cpu().compute().item() if world.rank == 0 else None)
+
+
+def sample_labels(data: ImageSource, n: int, num_classes: int) -> Tensor | None:
+    """The labels of n samples, int64 ``[n]``, on the CPU: in the frequencies of the data's, sorted;
+    the classes in turn for data without labels; None for a model without classes."""
+    if not num_classes:
+        return None
+    labels, numbers = getattr(data, "labels", None), torch.arange(n)
+    if labels is None:
+        return numbers % num_classes
+    return labels.cpu().sort().values[numbers * len(labels) // n]
 
 
 def to_pixels(images: Tensor) -> Tensor:
     """Images in [-1, 1], clamped, to the nearest of 256 levels, uint8."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _samples(
+    model: TarFlow,
+    images: range,
+    labels: Tensor | None,
+    seed: int,
+    denoise_std: float,
+    batch_size: int,
+    options: dict,
+) -> Iterator[Tensor]:
+    """Samples with the numbers ``images``: those that ``model.sample`` draws from the seed."""
+    if not images:
+        return
+    device = model.var.device
+    rng = torch.tensor([seed, 0], device=device)
+
+    def draw(first: int, last: int) -> Tensor:
+        first, last = images.start + first, images.start + last
+        shape = (last - first, model.num_patches, model.patch_channels)
+        noise = noise_normal((shape[0], shape[1] * shape[2]), rng=rng, first_row=first).view(shape)
+        y = None if labels is None else labels[first:last].to(device)
+        x = model.reverse(noise.to(model.var.dtype), y, **options)
+        return model.denoise(x, y, denoise_std) if denoise_std > 0 else x
+
+    guidance = Guidance(options.get("guidance", 0.0))
+    solver = Solver(options.get("method", "exact"), window=options.get("window"))
+    asked = min(len(images), batch_size)
+    batch = fitting_batch(model.blocks, asked, guidance, solver, device)
+    yield from in_batches(len(images), batch, draw)
+
+
+def _check_images(model: TarFlow, data: ImageSource, n: int) -> None:
+    uint8, _ = check_data(model, data)
+    if not uint8 or model.in_channels not in (1, 3):
+        kind = f"uint8 images of {model.in_channels} channels" if uint8 else "latents"
+        raise ValueError(f"data: FID needs grey or RGB images of 256 levels, got {kind}")
+    for name, images in (("data", len(data)), ("n", n)):
+        if images < 2:
+            raise ValueError(f"{name}: FID needs at least two images, got {images}")
+
+
+def _import_metric() -> type:
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except (ImportError, RuntimeError) as error:
+        raise _missing(error) from error
+    return FrechetInceptionDistance
+
+
+def _missing(error: Exception) -> ImportError:
+    # A torchvision made for another torch fails to import with a RuntimeError.
+    return ImportError(
+        f"FID needs torchmetrics and torch-fidelity, pip install 'flowops[fid]': {error}"
+    )

@@ -6,6 +6,7 @@ where the run was resumed; there is nothing to save but the number of the step.
 """
 
 import functools
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -164,6 +165,10 @@ def _in_workers(
     data: ImageSource, indices: Iterator[np.ndarray], workers: int, pin: bool
 ) -> Iterator[Images]:
     class_names = tuple(data.class_names)
+    # The parent may have threads and a CUDA context, neither of which survives a fork. The server
+    # imports once what all workers need.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     loader = torch.utils.data.DataLoader(
         _Batches(data),
         batch_size=None,
@@ -171,8 +176,7 @@ def _in_workers(
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=_quiet_worker,
-        # The parent may have threads and a CUDA context, neither of which survives a fork.
-        multiprocessing_context="spawn",
+        multiprocessing_context=context,
         generator=torch.Generator(),  # else every iterator draws from the global one
     )
     iterator = iter(loader)

@@ -23,6 +23,12 @@ class TrainConfig:
     """Autoregressive blocks."""
     layers: int = 2
     """Transformer layers in each block."""
+    deep_layers: int = 0
+    """Transformer layers of the block nearest the noise; 0: as the others."""
+    deep_channels: int = 0
+    """Width of the block nearest the noise; 0: as the others."""
+    architecture: Literal["tarflow", "starflow"] = "tarflow"
+    """What the blocks are made of: docs/starflow.md."""
     nvp: bool = True
     """Affine steps; without it shifts alone, with a learned prior variance."""
     noise: Literal["gaussian", "uniform"] = "gaussian"
@@ -99,6 +105,7 @@ class TrainConfig:
         )
         at_least_0 = (
             *("noise_std", "crop", "warmup", "weight_decay", "shift", "grad_clip"),
+            *("deep_layers", "deep_channels"),
             *("shard_ranks", "sample_every", "workers", "peak_tflops"),
         )
         for name in positive:

@@ -24,6 +24,7 @@ from .loading import batches, sample_indices
 from .parallel import World, gradients_stay_here, local, parallelize, whole
 from .precision import autocast, check_precision, faster_precision, matmul_precision
 from .run_checkpoints import Checkpoints, check_same_data, read_state
+from .starflow import STARFLOW
 from .tarflow import TarFlow, gaussian_noise, uniform_dequantize
 from .train_config import FREE_ON_RESUME, TrainConfig, learning_rate
 
@@ -40,13 +41,18 @@ def build_model(config: TrainConfig, data: Images) -> TarFlow:
             in_channels=data.channels,
             img_size=config.crop or data.img_size,
             patch_size=config.patch_size,
-            channels=config.channels,
+            channels=_by_block(config, config.channels, config.deep_channels),
             num_blocks=config.blocks,
-            layers_per_block=config.layers,
+            layers_per_block=_by_block(config, config.layers, config.deep_layers),
             nvp=config.nvp,
             num_classes=len(data.class_names) if config.conditional else 0,
             checkpoint_blocks=config.checkpoint_blocks,
+            **(STARFLOW if config.architecture == "starflow" else {}),
         )
+
+
+def _by_block(config: TrainConfig, shallow: int, deep: int) -> int | list[int]:
+    return [shallow] * (config.blocks - 1) + [deep] if deep else shallow
 
 
 def add_noise(x: Tensor, config: TrainConfig, rng: Tensor, first_row: int = 0) -> Tensor:

@@ -70,11 +70,16 @@ def class_embedding(block: nn.Module, y: Tensor | None, batch: int) -> Tensor:
     return torch.where((y < 0).unsqueeze(1), mean, table[y.clamp(min=0)])
 
 
+def under_autocast(like: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    device = like.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _residual_dtype(embed: Tensor) -> Tensor:
     """What is added to tokens first: under autocast it makes the residual stream fp32, also where
     the parameters came in bf16 (FSDP)."""
-    device = embed.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if under_autocast(embed):
         return embed.to(torch.promote_types(embed.dtype, torch.float32))
     return embed
 

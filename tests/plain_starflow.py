@@ -24,9 +24,9 @@ def small(parts=None, dtype=torch.float64, **changed):
     """A model on ``[B, 2, 6, 6]`` in 9 tokens whose blocks are not the identity."""
     config = {"in_channels": 2, "img_size": 6, "patch_size": 2, "channels": [24, 24, 48]}
     config |= {"num_blocks": 3, "layers_per_block": 1, "num_classes": 3, "head_dim": 24}
-    config |= CONFIGS.get(parts, {}) | changed
-    if config["num_blocks"] == 1:
+    if changed.get("num_blocks") == 1:
         config["channels"] = 48
+    config |= CONFIGS.get(parts, {}) | changed
     model = TarFlow(**config).to(dtype)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)

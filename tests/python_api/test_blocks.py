@@ -1,12 +1,14 @@
 """Blocks under torch.compile and activation checkpointing."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from flowops import dispatch
 from flowops.api import TarFlow, load_model, save_model
 from flowops.api.transformer import TarFlowBlock
 
@@ -153,6 +155,52 @@ def test_checkpoints_give_the_same_bits(nvp):
     denoised = model.denoise(x.detach(), LABELS, 0.1)
     model.checkpoint_blocks = False
     assert torch.equal(denoised, model.denoise(x.detach(), LABELS, 0.1))
+
+
+@pytest.fixture
+def attention_calls(monkeypatch):
+    """A list that grows by an element with every run of the forward pass of attention."""
+    calls, table = [], dispatch._IMPLEMENTATIONS["causal_attention"]
+    for backend, (function, supports) in list(table.items()):
+        counted = functools.partial(
+            lambda function, *args: calls.append(args) or function(*args), function
+        )
+        monkeypatch.setitem(table, backend, (counted, supports))
+    return calls
+
+
+@pytest.mark.parametrize("nvp", [True, False])
+def test_selective_checkpoints_keep_what_attention_returns(attention_calls, nvp):
+    model, x = small(nvp=nvp, layers_per_block=2), images().requires_grad_()
+    runs = {}
+    for model.checkpoint_blocks in (False, True, "selective"):
+        attention_calls.clear()
+        loss = loss_of(model, x)
+        forward = len(attention_calls)
+        inputs = [*model.parameters(), x]
+        runs[model.checkpoint_blocks] = torch.autograd.grad(loss, inputs)
+        assert forward == 8
+        assert len(attention_calls) == (16 if model.checkpoint_blocks is True else 8)
+    for kind in (True, "selective"):
+        for again, plain in zip(runs[kind], runs[False], strict=True):
+            assert torch.equal(again, plain)
+
+
+def test_compiled_selective_checkpoints_keep_what_attention_returns(counter, attention_calls):
+    plain, x = small(num_blocks=2), images()
+    model = compiled(copy.deepcopy(plain), counter)
+    model.checkpoint_blocks = "selective"
+    loss = loss_of(model, x)
+    loss.backward()
+    assert counter.frame_count == 2
+    attention_calls.clear()
+    gradient = gradients(model, x)
+    assert len(attention_calls) == 2
+    expected = gradients(plain, x)
+    for name in expected:
+        torch.testing.assert_close(gradient[name], expected[name], msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model, x), loss_of(plain, x))
 
 
 def test_each_block_is_computed_again_once(monkeypatch):

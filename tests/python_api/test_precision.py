@@ -7,7 +7,9 @@ import torch
 from flowops import affine_inverse, affine_update
 from flowops.api import TarFlow
 from flowops.api.data import Images
+from flowops.api.parallel import World
 from flowops.api.precision import check_precision, matmul_precision
+from flowops.api.run_checkpoints import Checkpoints
 from flowops.api.train_config import TrainConfig
 from flowops.api.trainer import Trainer, build_model
 
@@ -85,9 +87,11 @@ def test_tf32_is_refused_where_there_is_none(tmp_path, monkeypatch):
         tiny(precision="tf32")
     trainer = tiny()
     trainer.precision = "tf32"  # as a run on a GPU leaves it
-    trainer.save(tmp_path / "checkpoint.safetensors")
+    checkpoints = Checkpoints(tmp_path, World())
+    trainer.save(checkpoints)
+    checkpoints.finish()
     with pytest.raises(ValueError, match=message):
-        tiny().load(tmp_path / "checkpoint.safetensors")
+        tiny().load(checkpoints, checkpoints.latest())
     device = types.SimpleNamespace(type="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

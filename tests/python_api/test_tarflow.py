@@ -111,6 +111,24 @@ def test_log_det_is_that_of_the_jacobian(nvp, num_classes):
 
 
 @pytest.mark.parametrize("nvp", [True, False])
+def test_transform_tells_the_log_det_of_each_block(nvp):
+    model = small(nvp=nvp, num_blocks=3)
+    x, y = torch.randn(4, 2, 4, 4, dtype=torch.float64), torch.tensor([1, 0, -1, 2])
+    outputs, logdets = model.transform(x, y)
+    z, same, total = model(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, same, strict=True))
+    assert torch.equal(outputs[-1], z)
+    assert logdets.shape == (3, 4)
+    assert torch.equal(logdets.sum(0), total)
+    tokens = patchify(x, 2)
+    for i, block in enumerate(model.blocks):
+        expected, logdet = block(tokens, y)
+        assert torch.equal(outputs[i], expected)
+        assert torch.equal(logdets[i], logdet / 32)
+        tokens = expected
+
+
+@pytest.mark.parametrize("nvp", [True, False])
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_reverse_inverts_forward(nvp, patch_size):
     model = small(nvp=nvp, patch_size=patch_size, num_blocks=3)
