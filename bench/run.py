@@ -46,6 +46,13 @@ OPS: dict[str, Callable[..., Iterator[Spec]]] = {
     "sampling": _model_specs("sampling"),
     "threads": threads_specs,
 }
+#: Benchmarks with options of their own.
+ALONE = {
+    "jacobi": ".jacobi",
+    "loading": ".loading",
+    "papers": ".papers.run",
+    "scaling": ".scaling",
+}
 SECONDS = {"cpu": 1.0, "cuda": 0.3}
 #: The ops that are models, and the files they can be given.
 MODELS = {"tarflow": ("upstream",), "sampling": ("upstream", "model")}
@@ -61,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "ops",
         nargs="*",
         metavar="op",
-        help=f"some of {', '.join(OPS)}; none for all; or overhead, papers or jacobi alone",
+        help=f"some of {', '.join(OPS)}; none for all; or overhead, {', '.join(ALONE)} alone",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument(
@@ -169,14 +176,8 @@ def results_folder(env: dict) -> Path | None:
 
 def main(argv: list[str]) -> int:
     """Returns the exit status: 1 where a gate failed or a GPU got slower."""
-    if argv[:1] == ["papers"]:
-        from .papers.run import main as papers
-
-        return papers(argv[1:])
-    if argv[:1] == ["jacobi"]:
-        from .jacobi import main as jacobi
-
-        return jacobi(argv[1:])
+    if argv and argv[0] in ALONE:
+        return import_module(ALONE[argv[0]], __package__).main(argv[1:])
     args = parse(argv)
     if args.ops == ["overhead"]:
         from .overhead import main as overhead
