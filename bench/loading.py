@@ -3,7 +3,6 @@ plain threads and grain, from files in the page cache and while the consumer com
 
 import argparse
 import importlib.util
-import itertools
 import queue
 import statistics
 import tempfile
@@ -11,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +35,9 @@ def synthetic_store(folder: Path, images: int, img_size: int) -> ImageStore:
     source = folder / "source"
     source.mkdir()
     for shard, first in enumerate(range(0, images, SHARD_IMAGES)):
-        count = min(SHARD_IMAGES, images - first)
-        data = generator.integers(0, 256, (count, 3 * img_size**2), dtype=np.uint8)
-        np.savez(source / f"batch_{shard:04d}.npz", data=data, labels=np.ones(count, np.int64))
+        n = min(SHARD_IMAGES, images - first)
+        data = generator.integers(0, 256, (n, 3 * img_size**2), dtype=np.uint8)
+        np.savez(source / f"batch_{shard:04d}.npz", data=data, labels=np.ones(n, np.int64))
     prepare(str(source), folder / "store", PrepareConfig(img_size=img_size))
     for path in source.iterdir():
         path.unlink()
@@ -57,7 +57,7 @@ def with_threads(store: ImageStore, batch_size: int, workers: int) -> Iterator[I
     stop = threading.Event()
 
     def read(worker: int) -> None:
-        for step in itertools.count(worker, workers):
+        for step in count(worker, workers):
             images = store[sample_indices(len(store), SEED, step * batch_size, batch_size)]
             while not stop.is_set():
                 try:
@@ -72,7 +72,7 @@ def with_threads(store: ImageStore, batch_size: int, workers: int) -> Iterator[I
     for thread in threads:
         thread.start()
     try:
-        for step in itertools.count():
+        for step in count():
             yield queues[step % workers].get()
     finally:
         stop.set()
@@ -169,28 +169,33 @@ def print_table(store: ImageStore, args: argparse.Namespace) -> None:
     for shard in store.shards:  # into the page cache
         deque(NpyFile.open(store.path / shard["pixels"]["file"]).chunks(), maxlen=0)
     found = {name: ([], []) for name, (loader, _) in ROWS.items() if _usable(loader)}
-    for _ in range(args.rounds):
-        for name, results in found.items():
-            loader, workers = ROWS[name]
-            with closing(loader(store, args.batch_size, workers)) as iterator:
-                for _ in range(2 * AHEAD * max(workers, 1)):
-                    next(iterator)
-                results[0].append(measure(iterator, args.batch_size, args.seconds, 0))
-                compute = args.compute / 1e3
-                results[1].append(measure(iterator, args.batch_size, args.seconds, compute))
+    with ExitStack() as stack:
+        # All are open at once, those that do not have their turn are idle with their queues full.
+        iterators = {
+            name: stack.enter_context(closing(loader(store, args.batch_size, workers)))
+            for name, (loader, workers) in ROWS.items()
+            if name in found
+        }
+        for _ in range(args.rounds):
+            for name, (speeds, waits) in found.items():
+                for compute, results in ((0, speeds), (args.compute / 1e3, waits)):
+                    deque(islice(iterators[name], 2 * AHEAD * max(ROWS[name][1], 1)), maxlen=0)
+                    results.append(measure(iterators[name], args.batch_size, args.seconds, compute))
     table = Table(
         title=f"{len(store):,} images {store.channels}x{store.img_size}x{store.img_size}, "
         f"batches of {args.batch_size}"
     )
     table.add_column("loader")
     table.add_column("images/s", justify="right")
+    table.add_column("best round", justify="right")
     table.add_column(f"wait, ms, beside {args.compute:g} ms of Python", justify="right")
     for name in ROWS:
         if name in found:
-            speed, wait = (statistics.median(values) for values in found[name])
-            table.add_row(name, f"{speed:,.0f}", f"{1e3 * wait:.2f}")
+            speeds, waits = found[name]
+            speed, wait = statistics.median(speeds), 1e3 * statistics.median(waits)
+            table.add_row(name, f"{speed:,.0f}", f"{max(speeds):,.0f}", f"{wait:.2f}")
         else:
-            table.add_row(name, "not installed", "")
+            table.add_row(name, "not installed", "", "")
     Console().print(table)
 
 

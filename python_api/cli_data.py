@@ -45,8 +45,8 @@ def _prepare(argv: list[str]) -> int:
         out: Path
         """Directory of the store."""
         config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
-        workers: int = len(os.sched_getaffinity(0))
-        """Processes."""
+        workers: int = _cores()
+        """Processes; by default one a core."""
         max_skipped: float = 0.001
         """Largest share of broken images to put up with; they are listed in skipped.jsonl."""
 
@@ -156,6 +156,11 @@ def _info(argv: list[str]) -> None:
         lines["skipped"] = f"{store.skipped:,}"
     for name, value in lines.items():
         print(f"{name:8s} {value}")
+
+
+def _cores() -> int:
+    """Cores that this process may run on, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _open(path: Path):

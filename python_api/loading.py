@@ -6,6 +6,7 @@ where the run was resumed; there is nothing to save but the number of the step.
 """
 
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -164,44 +165,70 @@ def _in_turn(
 def _in_workers(
     data: ImageSource, indices: Iterator[np.ndarray], workers: int, pin: bool
 ) -> Iterator[Images]:
-    class_names = tuple(data.class_names)
+    first = next(indices, None)
+    if first is None:
+        return
+    ahead = 2 * workers
+    # While one batch is copied out, the others of ``ahead`` and one more are being written.
+    slots = _Slots(data, ahead + 1, len(first))
     # The parent may have threads and a CUDA context, neither of which survives a fork. The server
     # imports once what all workers need.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     loader = torch.utils.data.DataLoader(
-        _Batches(data),
+        slots,
         batch_size=None,
-        sampler=indices,
+        sampler=zip(itertools.cycle(range(ahead + 1)), itertools.chain([first], indices)),
         num_workers=workers,
-        pin_memory=pin,
+        prefetch_factor=ahead // workers,
         worker_init_fn=_quiet_worker,
         multiprocessing_context=context,
         generator=torch.Generator(),  # else every iterator draws from the global one
     )
     iterator = iter(loader)
     try:
-        for chosen in iterator:
-            if isinstance(chosen, Exception):
-                raise chosen
-            yield Images(*chosen, class_names)
+        for written in iterator:
+            if isinstance(written, Exception):
+                raise written
+            yield slots.take(written, pin)
     finally:
         del iterator  # which ends the workers
 
 
-class _Batches(torch.utils.data.Dataset):
-    """What a worker does: an index to its images. An error is handed over as it is, since the
-    loader would wrap it in a traceback."""
+class _Slots(torch.utils.data.Dataset):
+    """Shared memory for a few batches, which workers write in turn.
 
-    def __init__(self, data: ImageSource):
+    Tensors that a worker returns are memory that is mapped and handed over anew for every batch,
+    which takes longer than to read it.
+    """
+
+    def __init__(self, data: ImageSource, count: int, batch_size: int):
         self.data = data
+        one = data[torch.zeros(1, dtype=torch.int64)]
+        shape = (count, batch_size, *one.pixels.shape[1:])
+        self.pixels = torch.empty(shape, dtype=one.pixels.dtype).share_memory_()
+        self.labels = None
+        if one.labels is not None:
+            self.labels = torch.empty((count, batch_size), dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, index: np.ndarray) -> tuple[Tensor, Tensor | None] | Exception:
+    def __getitem__(self, task: tuple[int, np.ndarray]) -> int | Exception:
+        """What a worker does. An error is handed over as it is, since the loader would wrap it in
+        a traceback."""
+        slot, index = task
         try:
             chosen = self.data[torch.from_numpy(index)]
         except (OSError, ValueError, TypeError, IndexError) as error:
             return error
-        return chosen.pixels, chosen.labels
+        self.pixels[slot] = chosen.pixels
+        if self.labels is not None:
+            self.labels[slot] = chosen.labels
+        return slot
+
+    def take(self, slot: int, pin: bool) -> Images:
+        """A copy of a batch, for the slot will be written again."""
+        copy = Tensor.pin_memory if pin else Tensor.clone
+        labels = None if self.labels is None else copy(self.labels[slot])
+        return Images(copy(self.pixels[slot]), labels, tuple(self.data.class_names))
 
 
 def _quiet_worker(worker: int) -> None:

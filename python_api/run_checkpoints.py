@@ -41,11 +41,11 @@ class Checkpoints:
         """Removes what crashes left behind, and checkpoints newer than ``step``, which the run will
         make again."""
         if self.world.rank == 0:
+            for rest in self.directory.glob(".step-*.partial"):
+                shutil.rmtree(rest)
             for path in self._complete():
                 if _step(path) > step:
                     shutil.rmtree(self._aside(path))
-            for rest in self.directory.glob(".step-*.partial"):
-                shutil.rmtree(rest)
         self.world.barrier()
 
     def save(self, tensors: dict[str, Tensor], state: dict, step: int) -> None:
@@ -90,7 +90,9 @@ class Checkpoints:
             return
         (step, future), self._pending = self._pending, None
         error = future.exception()
-        if error is None and self.world.rank == 0:
+        if error is not None:
+            error = OSError(_reason(error))  # torch's own is no Exception
+        elif self.world.rank == 0:
             try:
                 self._publish(step)
             except OSError as caught:
@@ -101,8 +103,7 @@ class Checkpoints:
             if self.world.rank == 0:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
             raise OSError(
-                f"could not write {self._path(step)}, earlier checkpoints are intact: "
-                f"{_reason(caught)}"
+                f"could not write {self._path(step)}, earlier checkpoints are intact: {caught}"
             ) from caught
 
     def latest(self) -> Path | None:
@@ -140,7 +141,8 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         """Oldest first."""
-        return sorted(self.directory.glob("step-*"), key=_step)
+        found = self.directory.glob("step-*")
+        return sorted((p for p in found if p.name.removeprefix("step-").isdigit()), key=_step)
 
     def _publish(self, step: int) -> None:
         partial, path = self._partial(step), self._path(step)
@@ -181,7 +183,7 @@ def read_state(path: Path) -> dict:
     """
     try:
         return json.loads((path / _STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of a training run ({error})") from error
 
 
@@ -192,8 +194,10 @@ def _step(path: Path) -> int:
 def _damage(path: Path) -> str | None:
     try:
         files = read_state(path)["files"]
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         return str(error)
+    except KeyError:
+        return f"{_STATE} lists no files"
     for name, size in files.items():
         file = path / name
         if not file.is_file():

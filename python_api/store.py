@@ -242,7 +242,7 @@ class ImageStore:
         )
 
     def verify(self, on_bytes: OnBytes | None = None, threads: int = 2) -> list[str]:
-        """Reads every file and compares its checksum.
+        """Reads every file and compares its checksum. ``on_bytes`` is called from the threads.
 
         Returns:
             A line for every bad file, naming it; none if all is well.

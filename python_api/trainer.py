@@ -114,6 +114,10 @@ class Trainer:
         pixels = data[torch.zeros(1, dtype=torch.long)].pixels
         #: What bits per dim of the model's units lack for those of 256 levels; latents have none.
         self.bits_offset = math.log2(128) if pixels.dtype == torch.uint8 else 0.0
+        if pixels.dtype != torch.uint8 and config.noise == "uniform":
+            raise ValueError(
+                "noise: expected gaussian for latents, which have no levels, got uniform"
+            )
         check_precision(config.precision, self.device)
         if config.compile:
             try:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 
-def run_ranks(size: int, function: Callable, *arguments, timeout: float = 120) -> list:
+def run_ranks(size: int, function: Callable, *arguments, timeout: float = 300) -> list:
     """Calls ``function(world, *arguments)`` in ``size`` new processes joined by gloo on the CPU.
 
     A process takes some four seconds to start: check much in one call.
@@ -40,7 +41,7 @@ def run_ranks(size: int, function: Callable, *arguments, timeout: float = 120) -
         return [json.loads(path.read_text()) for path in results]
 
 
-def run_together(commands: Sequence[Sequence[str]], timeout: float = 120) -> list[str]:
+def run_together(commands: Sequence[Sequence[str]], timeout: float = 300) -> list[str]:
     """Runs commands as the ranks of one world.
 
     Returns:
@@ -66,7 +67,7 @@ def run_together(commands: Sequence[Sequence[str]], timeout: float = 120) -> lis
             ended = _wait(processes, timeout)
         finally:
             for process in processes:
-                process.kill()
+                process.send_signal(signal.SIGABRT)  # of which Python tells where it is
                 process.wait()
             texts = [_text(file) for file in files]
     if not ended or any(process.returncode for process in processes):
@@ -93,6 +94,7 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
     }
 
 
