@@ -31,6 +31,7 @@ from flowops.api.trainer import Trainer, build_model
 
 from .environment import environment, now
 from .run import results_folder
+from .scaling_docs import measured, write_docs
 from .scaling_plan import CHECKPOINTS, STATE, Case, memory
 from .timing import percentiles
 
@@ -222,8 +223,6 @@ def main(argv: list[str]) -> int:
     """Returns the exit status: 1 where a cell failed."""
     args = parse(argv)
     if args.docs:
-        from .scaling_docs import write_docs
-
         write_docs(Path("bench/results"), Path("docs"))
         return 0
     env = environment(args.device)
@@ -247,6 +246,7 @@ def _store(rows: list[dict], env: dict, args: argparse.Namespace, rounds: int) -
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result | {"rows": rows}, indent=1) + "\n"
     write_whole(folder / "scaling.json", text.encode())
+    print(measured(result | {"rows": rows}))
     print(folder / "scaling.json")
 
 

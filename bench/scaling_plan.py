@@ -66,6 +66,12 @@ class Case:
         return sorted(counts, reverse=True)
 
     @cached_property
+    def entry(self) -> float:
+        """Part of the parameters in the first block: the first to be gathered, the last to get
+        gradients."""
+        return sum(p.numel() for p in self.model.blocks[0].parameters()) / self.parameters
+
+    @cached_property
     def flops(self) -> int:
         return training_flops(self.model)
 
@@ -96,9 +102,9 @@ def activation_bytes(model: TarFlow, checkpoint: bool | str = False, bf16: bool 
     A token of a layer of width W keeps, with products in e bytes: fp32 inputs of two norms (8 W)
     with mean and deviation (16 bytes), what the four products read (e (1 + 1 + 1 + 4) W), q, k, v
     and the perceptron's hidden units (e (3 + 4) W; rotary positions: turned q and k too, 2 e W)
-    and 4 bytes a head. A block adds what its first and last product and the affine step read. With
-    checkpoints, a block at a time is whole, the others keep their input (and "selective" what
-    attention returned).
+    and 4 bytes a head. A block adds what its first and last product, a final norm and the affine
+    step read. With checkpoints, a block at a time is whole, the others keep their input (and
+    "selective" what attention returned).
     """
     e, T, C = (2 if bf16 else 4), model.num_patches, model.patch_channels
     whole, kept = [], []
@@ -106,7 +112,8 @@ def activation_bytes(model: TarFlow, checkpoint: bool | str = False, bf16: bool 
         W, layers = block.proj_in.out_features, len(block.attn_blocks)
         rotary = 2 * e * W if block.parts.positions == "rotary" else 0
         layer = (8 + 14 * e) * W + rotary + 16 + 4 * block.num_heads
-        whole.append(T * (layers * layer + e * W + (4 + 3 * e) * C))
+        final = 8 * W if block.final_norm is not None else 0
+        whole.append(T * (layers * layer + final + e * W + (4 + 3 * e) * C))
         attention = layers * (e * W + 4 * block.num_heads) if checkpoint == "selective" else 0
         kept.append(T * (4 * C + attention))
     if not checkpoint:
@@ -153,11 +160,12 @@ def memory(
 @dataclass(frozen=True)
 class Traffic:
     """Of one GPU in a step: seconds of gathering all weights once, of adding up the gradients; the
-    calls these are made in; bytes it sends for one gathering and for the gradients."""
+    part of each that no computing can hide, its first or last call; bytes it sends for one
+    gathering and for the gradients."""
 
     gather: float
     reduce: float
-    calls: int
+    bare: float
     gather_bytes: float
     reduce_bytes: float
 
@@ -186,14 +194,14 @@ def traffic(case: Case, parallel: str, world: int, a: Assumptions = H100) -> Tra
     if parallel == "ddp":
         calls = math.ceil(4 * P / a.bucket)
         seconds, sent = _all_reduce(4 * P, world, nodes, calls, a)
-        return Traffic(0.0, seconds, calls, 0.0, sent)
+        return Traffic(0.0, seconds, 1 / calls, 0.0, sent)
     n, inside = (world, nodes) if parallel == "fsdp" else (a.node, 1)
     gather, gather_bytes = _ring(2 * P, n, inside, blocks, a)
     reduce, reduce_bytes = _ring(4 * P, n, inside, blocks, a)
     if parallel == "hsdp" and nodes > 1:
         seconds, sent = _all_reduce(4 * P / n, nodes, nodes, blocks, a)
         reduce, reduce_bytes = reduce + seconds, reduce_bytes + sent
-    return Traffic(gather, reduce, blocks, gather_bytes, reduce_bytes)
+    return Traffic(gather, reduce, case.entry, gather_bytes, reduce_bytes)
 
 
 def step_seconds(
@@ -209,7 +217,7 @@ def step_seconds(
     sum of gradients but the last goes on beside the computing; checkpoints cost a forward pass."""
     forward = images * case.flops / 3 / (mfu * a.peak)
     backward = (3 if checkpoint else 2) * forward
-    first, last = sent.gather / len(case.blocks), sent.reduce / sent.calls
+    first, last = sent.bare * sent.gather, sent.bare * sent.reduce
     forwards = accumulate * (first + max(forward, sent.gather - first))
     backwards = (accumulate - 1) * max(backward, sent.gather)
     return forwards + backwards + max(backward, sent.gather + sent.reduce - last) + last

@@ -185,8 +185,10 @@ def _sample_images(argv: list[str]) -> int:
         """Class of all images; otherwise the classes in turn."""
         guidance: float = 0.0
         """Strength of guidance towards the class."""
+        guidance_kind: Literal["linear", "gaussian"] = "linear"
+        """How: extrapolate the parameters (TarFlow), or combine the Gaussians (STARFlow)."""
         guide_what: Literal["ab", "a", "b"] = "ab"
-        """Guide log-scales (a), shifts (b) or both."""
+        """linear: guide log-scales (a), shifts (b) or both."""
         attn_temp: float = 1.0
         """The unguided pass divides its attention scores by it."""
         annealed_guidance: bool = False
@@ -217,6 +219,7 @@ def _sample_images(argv: list[str]) -> int:
             args.n,
             labels,
             guidance=args.guidance,
+            guidance_kind=args.guidance_kind,
             guide_what=args.guide_what,
             attn_temp=args.attn_temp,
             annealed_guidance=args.annealed_guidance,

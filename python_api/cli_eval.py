@@ -37,6 +37,8 @@ def evaluate_model(argv: list[str]) -> None:
         """Weights of FID's Inception network; by default where torch.hub keeps them."""
         guidance: float = 0.0
         """fid: strength of guidance towards the class."""
+        guidance_kind: Literal["linear", "gaussian"] = "linear"
+        """fid: as in `flowops sample`."""
         guide_what: Literal["ab", "a", "b"] = "ab"
         """fid: guide log-scales (a), shifts (b) or both."""
         attn_temp: float = 1.0
@@ -106,6 +108,7 @@ def _evaluate(args, world) -> None:
             batch_size=args.batch_size,
             on_batch=bar.on_batch,
             guidance=args.guidance,
+            guidance_kind=args.guidance_kind,
             guide_what=args.guide_what,
             attn_temp=args.attn_temp,
             annealed_guidance=args.annealed_guidance,

@@ -130,10 +130,10 @@ class Lab:
 
     def arguments(self, out: Path) -> list[str]:
         options = {
-            **{"data": self.store, "out": out, "steps": self.steps, "batch-size": BATCH},
-            **{"patch-size": 4, "channels": 64, "blocks": 2, "layers": 1, "precision": "fp32"},
-            **{"lr": 5e-4, "checkpoint-every": 5, "log-every": 1, "samples": 0},
-            **{"peak-tflops": 1},
+            "data": self.store, "out": out, "steps": self.steps, "batch-size": BATCH,
+            "patch-size": 4, "channels": 64, "blocks": 2, "layers": 1, "precision": "fp32",
+            "lr": 5e-4, "checkpoint-every": 5, "log-every": 1, "samples": 0,
+            "peak-tflops": 1,
         }
         pairs = [(f"--{name}", str(value)) for name, value in options.items()]
         return [word for pair in pairs for word in pair] + ["--flip", "--resume"]

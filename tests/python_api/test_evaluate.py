@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dist_helpers import run_ranks, run_together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_helpers import run_ranks, run_together
 from flowops.api.checkpoint import save_model
 from flowops.api.cli import main
 from flowops.api.data import Images, scale_pixels

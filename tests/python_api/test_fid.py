@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dist_helpers import run_ranks
 from torch import nn
 
+from dist_helpers import run_ranks
 from flowops import noise_normal
 from flowops.api.cli import main
 from flowops.api.data import Images

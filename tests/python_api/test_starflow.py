@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_starflow import CONFIGS, plain_params, small
 
 from flowops import affine_update
 from flowops.api import TarFlow, load_model, save_model
@@ -24,6 +23,7 @@ from flowops.api.starflow import (
     rotary_table,
     rotate,
 )
+from plain_starflow import CONFIGS, plain_params, small
 
 # Under torch.compile the guards of torch look at .grad of whatever a graph reads.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_starflow import CONFIGS, plain_params, small
 from torch.distributions import Normal
 
 from flowops.api import batching, sampling
 from flowops.api.decode import gaussian_guidance
+from plain_starflow import CONFIGS, plain_params, small
 
 RNG = torch.tensor([3, 0])
 LABELS = torch.tensor([0, 2, -1])
