@@ -16,6 +16,7 @@ from .scaling_plan import (
     activation_bytes,
     cases,
     images_to_hide,
+    memory,
     plan,
 )
 
@@ -42,6 +43,7 @@ def write_docs(results: Path, docs: Path) -> None:
         "plan": steps(),
         "tokens": tokens(),
         "batch": batches(),
+        "fits": fits(),
     }
     for name, table in blocks.items():
         begin, end = f"<!-- scaling:{name}:begin -->\n", f"<!-- scaling:{name}:end -->"
@@ -280,3 +282,17 @@ def batches() -> str:
                 )
     headings = "model; GPUs; spread; images a GPU; global batch; published; times that; its root"
     return _table(headings, lines)
+
+
+def fits() -> str:
+    """What lasts and passes, and how many images then fit a GPU, by checkpoints."""
+    lines = []
+    for case in cases():
+        for name, shard in (("DDP", 1), ("FSDP2 or HSDP on 8", H100.node), ("FSDP2 on 256", 256)):
+            need = memory(case, shard, 0)
+            room = H100.memory - need["state"] - need["passing"]
+            most = [int(room // activation_bytes(case.model, kept)) for kept in CHECKPOINTS]
+            images = [str(max(0, n)) for n in most]
+            lines.append([case.name, name, _gb(need["state"]), _gb(need["passing"]), *images])
+    headings = "model; spread; state GB; passing GB; images that fit a GPU, nothing recomputed"
+    return _table(f"{headings}; selective; blocks", lines)

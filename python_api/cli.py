@@ -169,7 +169,7 @@ def _sample_images(argv: list[str]) -> int:
     import tyro
 
     from .checkpoint import load_model, read_tensors
-    from .data import save_grid
+    from .data import save_array, save_grid
     from .sampling import SamplingInterrupted
 
     @dataclasses.dataclass(frozen=True)
@@ -180,6 +180,7 @@ def _sample_images(argv: list[str]) -> int:
         model: tyro.conf.Positional[Path]
         """model.safetensors"""
         out: Path = Path("samples.png")
+        """A picture, or .npy: the samples [n, c, H, W] themselves, as of latents."""
         n: int = 40
         label: int | None = None
         """Class of all images; otherwise the classes in turn."""
@@ -210,6 +211,18 @@ def _sample_images(argv: list[str]) -> int:
     if args.columns < 1:
         raise ValueError(f"columns: expected a positive number, got {args.columns}")
     model = load_model(args.model).to(_device()).eval()
+    array = args.out.suffix == ".npy"
+    if not array and model.in_channels not in (1, 3):
+        raise ValueError(
+            f"out: expected a .npy file for samples of {model.in_channels} channels, got {args.out}"
+        )
+
+    def save(images):
+        if array:
+            save_array(images, args.out)
+        else:
+            save_grid(images, args.out, args.columns)
+
     trained = read_tensors(args.model)[1].get("train_config", {})
     gaussian = trained.get("noise") == "gaussian"
     labels = args.label if args.label is not None else _labels_in_turn(model, args.n)
@@ -235,13 +248,13 @@ def _sample_images(argv: list[str]) -> int:
     except SamplingInterrupted as interrupt:
         written = "nothing written"
         if interrupt.images is not None:
-            save_grid(interrupt.images, args.out, args.columns)
+            save(interrupt.images)
             written = f"written to {args.out}"
         print(f"\nflowops: {interrupt}, {written}", file=sys.stderr)
         return 130
     images = images.cpu()  # waits for them
     seconds = time.perf_counter() - started
-    save_grid(images, args.out, args.columns)
+    save(images)
     print(args.out)
     print(f"{args.n} images in {seconds:.3g} s, {args.n / seconds:.3g} images/s")
     if args.method != "exact":

@@ -161,15 +161,11 @@ class _Display:
 def draw_grid(model, world, config, n: int, out: Path, step: int) -> None:
     """Samples from the same noise at every step, each process its share, as
     ``out/samples/step-*.png``; latents as ``.npy``."""
-    import io
-
-    import numpy as np
     import torch
 
     from flowops import noise_normal
 
-    from .checkpoint import write_whole
-    from .data import save_grid
+    from .data import save_array, save_grid
 
     if n < 1:
         return
@@ -191,10 +187,8 @@ def draw_grid(model, world, config, n: int, out: Path, step: int) -> None:
     path.parent.mkdir(exist_ok=True)
     if model.in_channels in (1, 3):
         save_grid(images, path.with_suffix(".png"), columns=min(n, 10))
-        return
-    data = io.BytesIO()
-    np.save(data, images.numpy(), allow_pickle=False)
-    write_whole(path.with_suffix(".npy"), data.getvalue())
+    else:
+        save_array(images, path.with_suffix(".npy"))
 
 
 def export(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Images to train on: uint8 in memory, from pip packages or a folder on disk."""
 
+import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+
+from .checkpoint import write_whole
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
@@ -200,13 +203,16 @@ def fit_image(image, img_size: int, channels: int) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
 
 
+def save_array(images: Tensor, path: str | Path) -> None:
+    """Writes a tensor as one ``.npy`` file."""
+    data = io.BytesIO()
+    np.save(data, images.cpu().numpy(), allow_pickle=False)
+    write_whole(path, data.getvalue())
+
+
 def save_grid(images: Tensor, path: str | Path, columns: int, zoom: int = 2) -> None:
     """Writes images ``[n, c, H, W]`` in [-1, 1] as one PNG, by rows, each pixel ``zoom`` wide."""
-    import io
-
     from PIL import Image
-
-    from .checkpoint import write_whole
 
     n, c, H, W = images.shape
     rows = -(-n // columns)

@@ -266,7 +266,7 @@ ARGS = ["--device", "cpu", "--models", TINY.model, "--batches", "4"]
 
 
 def test_results_and_page(checkout):
-    names = ("measured", "assumptions", "models", "state", "plan", "tokens", "batch")
+    names = ("measured", "assumptions", "models", "state", "plan", "tokens", "batch", "fits")
     markers = (f"<!-- scaling:{name}:begin -->\nold\n<!-- scaling:{name}:end -->" for name in names)
     page = checkout / "docs" / "scaling.md"
     page.write_text("text\n" + "\n".join(markers) + "\nend\n")

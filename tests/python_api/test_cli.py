@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +148,40 @@ def test_export_writes_what_the_reference_program_loads(trained, tmp_path, capsy
     assert all(torch.equal(averaged[name], exported[name]) for name in averaged)
     assert main(["export", str(tmp_path)]) == 1
     assert "is not a checkpoint of a training run" in capsys.readouterr().err
+
+
+def test_starflow_on_latents(tmp_path, capsys):
+    """From .npy files to guided samples in one, on the scale of the latents."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 96)
+    latents = generator.normal(size=(96, 4, 4, 4)) * 0.3 + labels[:, None, None, None]
+    np.save(tmp_path / "latents.npy", latents.astype(np.float16))
+    np.save(tmp_path / "latents.labels.npy", labels)
+    data, run = str(tmp_path / "latents.npy"), tmp_path / "run"
+    sizes = ["--patch-size", "1", "--channels", "64", "--blocks", "3", "--layers", "1"]
+    deep = ["--deep-layers", "2", "--deep-channels", "128", "--architecture", "starflow"]
+    steps = ["--steps", "30", "--batch-size", "16", "--samples", "6", "--warmup", "5"]
+    arguments = ["--data", data, *sizes, *deep, *steps, "--precision", "fp32", "--out", str(run)]
+    assert main(["train", *arguments, "--validation", data]) == 0
+    assert "bits per latent dim (96 held-out images" in capsys.readouterr().out
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+    assert np.load(run / "samples" / "step-00000030.npy").shape == (6, 4, 4, 4)
+    model = load_model(run / "model.safetensors")
+    assert model.config["channels"] == [64, 64, 128]
+    assert model.config["layers_per_block"] == [1, 1, 2]
+    sample = ["sample", str(run / "model.safetensors"), "--n", "4", "--guidance", "1.0"]
+    assert main([*sample, "--guidance-kind", "gaussian", "--out", str(tmp_path / "a.npy")]) == 0
+    assert main([*sample, "--guidance-kind", "linear", "--out", str(tmp_path / "b.npy")]) == 0
+    a, b = (np.load(tmp_path / name) for name in ("a.npy", "b.npy"))
+    assert a.shape == (4, 4, 4, 4)
+    assert np.isfinite(a).all()
+    assert np.abs(a - b).max() > 1e-3
+    capsys.readouterr()
+    assert main([*sample, "--out", str(tmp_path / "a.png")]) == 1
+    assert "out: expected a .npy file for samples of 4 channels" in capsys.readouterr().err
+    assert main(["train", "--data", data, "--noise", "uniform", "--out", str(tmp_path / "u")]) == 1
+    assert "noise: expected gaussian for latents" in capsys.readouterr().err
 
 
 def test_sample_writes_a_grid(trained, tmp_path, capsys):
