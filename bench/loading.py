@@ -3,6 +3,8 @@ plain threads and grain, from files in the page cache and while the consumer com
 
 import argparse
 import importlib.util
+import math
+import os
 import queue
 import statistics
 import tempfile
@@ -11,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, fields
 from itertools import count, islice
 from pathlib import Path
 
@@ -80,8 +83,8 @@ def with_threads(store: ImageStore, batch_size: int, workers: int) -> Iterator[I
             thread.join()
 
 
-class _Steps:
-    """A store seen as an array of batches, which is what grain reads."""
+class _Steps(torch.utils.data.Dataset):
+    """A store seen as an array of batches, which is what grain and a plain DataLoader read."""
 
     def __init__(self, store: ImageStore, batch_size: int):
         self.store, self.batch_size = store, batch_size
@@ -93,6 +96,21 @@ class _Steps:
         index = sample_indices(len(self.store), SEED, step * self.batch_size, self.batch_size)
         images = self.store[index]
         return {"pixels": images.pixels.numpy(), "labels": images.labels.numpy()}
+
+
+def with_plain_loader(store: ImageStore, batch_size: int, workers: int) -> Iterator[Images]:
+    """torch's DataLoader as it comes: workers hand every tensor over."""
+    loader = torch.utils.data.DataLoader(
+        _Steps(store, batch_size),
+        batch_size=None,
+        sampler=count(),
+        num_workers=workers,
+        prefetch_factor=AHEAD,
+        multiprocessing_context="forkserver",
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        yield Images(batch["pixels"], batch["labels"])
 
 
 def with_grain(store: ImageStore, batch_size: int, workers: int) -> Iterator[Images]:
@@ -116,8 +134,10 @@ def with_grain(store: ImageStore, batch_size: int, workers: int) -> Iterator[Ima
 
 ROWS: dict[str, tuple[Loader, int]] = {
     "in turn": (with_batches, 0),
-    "DataLoader, 1 worker": (with_batches, 1),
-    "DataLoader, 2 workers": (with_batches, 2),
+    "1 worker": (with_batches, 1),
+    "2 workers": (with_batches, 2),
+    "plain DataLoader, 1 worker": (with_plain_loader, 1),
+    "plain DataLoader, 2 workers": (with_plain_loader, 2),
     "1 thread": (with_threads, 1),
     "2 threads": (with_threads, 2),
     "grain, 1 thread": (with_grain, 0),
@@ -126,20 +146,48 @@ ROWS: dict[str, tuple[Loader, int]] = {
 }
 
 
-def measure(iterator: Iterator, batch_size: int, seconds: float, compute: float) -> float:
-    """Images a second; with ``compute``, seconds that the consumer waits for a batch while it
-    computes for so long in between, holding Python's lock as launching kernels does."""
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = time.perf_counter()
+@dataclass(frozen=True)
+class Round:
+    """What one turn of a loader found."""
+
+    images_per_second: float
+    cpu: float
+    """Seconds of all processes, for a batch."""
+    wait: float
+    """Seconds for a batch, while the consumer computes in between."""
+
+
+def measure(iterator: Iterator, batch_size: int, seconds: float, compute: float) -> Round:
+    """Asks for batches for so many seconds; then, for as long, for a batch after every ``compute``
+    seconds of computing that hold Python's lock, as launching kernels does."""
+    before, batches, started = cpu_seconds(), 0, time.perf_counter()
+    while time.perf_counter() < started + seconds:
         next(iterator)
-        times.append(time.perf_counter() - started)
+        batches += 1
+    took, cpu = time.perf_counter() - started, cpu_seconds() - before
+    waits, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
         resume = time.perf_counter() + compute
         while time.perf_counter() < resume:
             pass
-    if compute:
-        return statistics.median(times)
-    return batch_size * len(times) / sum(times)
+        asked = time.perf_counter()
+        next(iterator)
+        waits.append(time.perf_counter() - asked)
+    return Round(batch_size * batches / took, cpu / batches, statistics.median(waits))
+
+
+def cpu_seconds(pid: int | None = None) -> float:
+    """Of this process, its threads and all processes below it; not a number where that can't be
+    told. On a busy machine it says more than the time that passes."""
+    total = 0.0
+    try:
+        for task in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
+            total += int((task / "schedstat").read_text().split()[0]) / 1e9
+            for child in (task / "children").read_text().split():
+                total += cpu_seconds(int(child))
+    except OSError:
+        return math.nan
+    return total
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,34 +216,36 @@ def print_table(store: ImageStore, args: argparse.Namespace) -> None:
 
     for shard in store.shards:  # into the page cache
         deque(NpyFile.open(store.path / shard["pixels"]["file"]).chunks(), maxlen=0)
-    found = {name: ([], []) for name, (loader, _) in ROWS.items() if _usable(loader)}
+    usable = {name: row for name, row in ROWS.items() if _usable(row[0])}
+    found = {name: [] for name in usable}
     with ExitStack() as stack:
-        # All are open at once, those that do not have their turn are idle with their queues full.
+        # All are open at once; those that do not have their turn are idle, their queues full.
         iterators = {
             name: stack.enter_context(closing(loader(store, args.batch_size, workers)))
-            for name, (loader, workers) in ROWS.items()
-            if name in found
+            for name, (loader, workers) in usable.items()
         }
         for _ in range(args.rounds):
-            for name, (speeds, waits) in found.items():
-                for compute, results in ((0, speeds), (args.compute / 1e3, waits)):
-                    deque(islice(iterators[name], 2 * AHEAD * max(ROWS[name][1], 1)), maxlen=0)
-                    results.append(measure(iterators[name], args.batch_size, args.seconds, compute))
+            for name, rounds in found.items():
+                deque(islice(iterators[name], 2 * AHEAD * max(usable[name][1], 1)), maxlen=0)
+                rounds.append(
+                    measure(iterators[name], args.batch_size, args.seconds, args.compute / 1e3)
+                )
     table = Table(
         title=f"{len(store):,} images {store.channels}x{store.img_size}x{store.img_size}, "
         f"batches of {args.batch_size}"
     )
     table.add_column("loader")
-    table.add_column("images/s", justify="right")
-    table.add_column("best round", justify="right")
-    table.add_column(f"wait, ms, beside {args.compute:g} ms of Python", justify="right")
+    for heading in ("images/s", "CPU ms a batch", f"ms of wait after {args.compute:g} ms"):
+        table.add_column(heading, justify="right")
     for name in ROWS:
-        if name in found:
-            speeds, waits = found[name]
-            speed, wait = statistics.median(speeds), 1e3 * statistics.median(waits)
-            table.add_row(name, f"{speed:,.0f}", f"{max(speeds):,.0f}", f"{wait:.2f}")
-        else:
+        if name not in found:
             table.add_row(name, "not installed", "", "")
+            continue
+        speed, cpu, wait = (
+            statistics.median(getattr(r, field.name) for r in found[name])
+            for field in fields(Round)
+        )
+        table.add_row(name, f"{speed:,.0f}", f"{1e3 * cpu:.1f}", f"{1e3 * wait:.2f}")
     Console().print(table)
 
 

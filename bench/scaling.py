@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -52,16 +52,19 @@ class Cell:
     shard_ranks: int
     checkpoint: bool | str
     batch: int
+    precision: str = "fp32"
+    compile: bool = False
 
-    def config(self, precision: str, compile: bool) -> TrainConfig:
+    @property
+    def config(self) -> TrainConfig:
         patch, width, blocks, layers, *_ = _numbers(self.model)
         return TrainConfig(
             *(patch, width, blocks, layers),
             steps=10**9,
             batch_size=self.batch * self.world,
             lr=1e-4,
-            precision=precision,
-            compile=compile,
+            precision=self.precision,
+            compile=self.compile,
             checkpoint_blocks=self.checkpoint,
             parallel=self.parallel,
             shard_ranks=self.shard_ranks,
@@ -83,29 +86,27 @@ def _numbers(model: str) -> list[int]:
     return [int(number) for number in found.groups()]
 
 
-def cells(models: list[str], worlds: list[int], batches: list[int]) -> Iterator[Cell]:
+def cells(models: list[str], worlds: list[int], batches: list[int], **how) -> Iterator[Cell]:
     """One process; DDP; FSDP2 over all; FSDP2 with a copy for every half of the processes."""
     for model, batch, checkpoint, world in itertools.product(models, batches, CHECKPOINTS, worlds):
         ways = [("ddp", 0)]
         if world > 1:
             ways += [("fsdp", 0), ("fsdp", world // 2)] if world % 2 == 0 else [("fsdp", 0)]
         for parallel, shard_ranks in ways:
-            yield Cell(model, world, parallel, shard_ranks, checkpoint, batch)
+            yield Cell(model, world, parallel, shard_ranks, checkpoint, batch, **how)
 
 
 # --- in the processes of a cell ------------------------------------------------------------------
 
 
-def measure_cell(
-    cell: Cell, device: str, precision: str, compile: bool, seconds: float
-) -> dict[str, object]:
+def measure_cell(cell: Cell, device: str, seconds: float) -> dict[str, object]:
     """What all processes of a cell found: seconds of each step, the largest peak and state of a
     process, the operations a second that all reach together in matrix products."""
     with join_world(device) as world:
         _, _, _, _, channels, size = _numbers(cell.model)
         pixels = torch.randint(0, 256, (cell.batch * world.size, channels, size, size))
         data = Images(pixels.to(torch.uint8), None)
-        config = cell.config(precision, compile)
+        config = cell.config
         before = _start_peak(device)
         trainer = Trainer(config, build_model(config, data).to(world.device), data, world)
         for _ in range(2):
@@ -226,43 +227,46 @@ def main(argv: list[str]) -> int:
         write_docs(Path("bench/results"), Path("docs"))
         return 0
     env = environment(args.device)
-    grid = list(cells(args.models, args.worlds, args.batches))
+    how = {"precision": args.precision, "compile": args.compile}
+    grid = list(cells(args.models, args.worlds, args.batches, **how))
     runs: dict[Cell, list[dict]] = {cell: [] for cell in grid}
     for turn in range(args.rounds):
         for cell in grid:
-            found = run_cell(cell, args)
+            found = run_cell(cell, args.device, args.seconds)
             runs[cell].append(found)
             told = found.get("error") or f"{1e3 * statistics.median(found['times']):.1f} ms a step"
             print(f"round {turn + 1}: {tuple(asdict(cell).values())} {told}", flush=True)
         rows = [row(cell, runs) for cell in grid]
-        _store(rows, env, args, turn + 1)
+        _store(rows, env)
     return int(any("error" in row for row in rows))
 
 
-def _store(rows: list[dict], env: dict, args: argparse.Namespace, rounds: int) -> None:
-    settings = {name: getattr(args, name) for name in ("seconds", "precision", "compile")}
-    result = {"environment": env, "time": now(), "settings": settings | {"rounds": rounds}}
+def _store(rows: list[dict], env: dict) -> None:
+    """Rows of cells that were not run stay as they are."""
     folder = results_folder(env) or OUT
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result | {"rows": rows}, indent=1) + "\n"
-    write_whole(folder / "scaling.json", text.encode())
-    print(measured(result | {"rows": rows}))
-    print(folder / "scaling.json")
+    path, names = folder / "scaling.json", [field.name for field in fields(Cell)]
+    stored = json.loads(path.read_text())["rows"] if path.exists() else []
+    fresh = [[row[name] for name in names] for row in rows]
+    rows = [row for row in stored if [row[name] for name in names] not in fresh] + rows
+    result = {"environment": env, "rows": rows}
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    print(measured(result))
+    print(path)
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run_cell(cell: Cell, args: argparse.Namespace) -> dict[str, object]:
+def run_cell(cell: Cell, device: str, seconds: float) -> dict[str, object]:
     """``measure_cell`` in fresh processes, or ``error``."""
-    options = {name: getattr(args, name) for name in ("device", "precision", "compile", "seconds")}
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.world}"]
     threads = str(max(1, _cores() // cell.world))
     done = subprocess.run(
         [
             *(sys.executable, *(launch if cell.world > 1 else []), "-m", "flowops.bench.scaling"),
-            json.dumps([asdict(cell), options]),
+            json.dumps([asdict(cell), device, seconds]),
         ],
         # Threads that spin while they wait take the cores of other programs, and of each other.
         env={"OMP_WAIT_POLICY": "passive", **os.environ, "OMP_NUM_THREADS": threads},
@@ -279,7 +283,7 @@ def row(cell: Cell, runs: dict[Cell, list[dict]]) -> dict[str, object]:
     """The rounds of a cell as one row. ``against_one`` is the median over rounds of images a second
     over those of one process in the same round, with the same batch a process."""
     found, alone = runs[cell], [c for c in runs if _partner(c) == _partner(cell) and c.world == 1]
-    label = asdict(cell)
+    label = asdict(cell) | {"rounds": len(found), "time": now()}
     for run in found:
         if "error" in run:
             return label | {"error": run["error"]}
@@ -307,7 +311,7 @@ def _partner(cell: Cell) -> tuple:
 
 
 if __name__ == "__main__":
-    _cell, _options = json.loads(sys.argv[1])
-    _found = measure_cell(Cell(**_cell), **_options)
+    _cell, *_options = json.loads(sys.argv[1])
+    _found = measure_cell(Cell(**_cell), *_options)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(_found), flush=True)

@@ -83,9 +83,10 @@ def way(row: dict) -> str:
 
 def measured(result: dict) -> str:
     """Where and how, and a line for every cell."""
-    settings, lines = result["settings"], []
+    lines = []
     for row in result["rows"]:
-        label = [row["model"], row["world"], way(row), KEPT[row["checkpoint"]], row["batch"]]
+        label = [row["model"], row["precision"] + (", compiled" if row["compile"] else "")]
+        label += [row["world"], way(row), KEPT[row["checkpoint"]], row["batch"]]
         if "error" in row:
             lines.append([*label, row["error"], *[""] * 7])
             continue
@@ -103,18 +104,14 @@ def measured(result: dict) -> str:
                 f"{row['peak_formula'] / 1e6:.0f}",
             ]
         )
-    env = result["environment"]
-    how = f"{report.describe(env)}, {settings['precision']}"
-    how += ", blocks compiled" if settings["compile"] else ""
-    how += f"; {settings['rounds']} rounds of at least {settings['seconds']:g} s a cell"
+    env, dates = result["environment"], sorted({row["time"][:10] for row in result["rows"]})
     loads = [row["load"] for row in result["rows"] if "load" in row]
-    how += f"; load of the machine {min(loads, default=0):.0f} to {max(loads, default=0):.0f}; "
-    how += f"{result['time'][:10]}, "
+    how = f"{report.describe(env)}; load of the machine {min(loads, default=0):.0f} to "
+    how += f"{max(loads, default=0):.0f}; {', '.join(dates)}, "
     how += f"commit {env['git']}{'+' if env['dirty'] else ''}:\n\n"
-    headings = (
-        "model; processes; spread; checkpoints; images each; ms a step (p20 to p80); images/s"
-    )
-    headings += "; against one process; MFU; state MB; formula; peak MB; formula"
+    headings = "model; arithmetic; processes; spread; checkpoints; images each"
+    headings += "; ms a step (p20 to p80); images/s; against one process; MFU"
+    headings += "; state MB; formula; peak MB; formula"
     return how + _table(headings, lines)
 
 

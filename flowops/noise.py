@@ -72,11 +72,11 @@ def philox_reference(counter: Tensor, rng: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def noise_reference(rng: Tensor, rows: int, width: int, kind: str) -> Tensor:
+def noise_reference(rng: Tensor, rows: int, width: int, kind: str, first_row: int = 0) -> Tensor:
     """The contract in plain PyTorch: ``[rows, width]``, int64 words or fp32 values."""
     groups = (width + 3) // 4
-    counter = torch.arange(rows * groups, device=rng.device).view(rows, groups)
-    values = philox_reference(counter, rng)
+    counter = first_row * groups + torch.arange(rows * groups, device=rng.device)
+    values = philox_reference(counter.view(rows, groups), rng)
     if kind == "uniform":
         values = _uniform(values)
     elif kind == "normal":
@@ -123,10 +123,10 @@ def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 @dispatch.define_op(
-    "noise(Tensor rng, int rows, int width, str kind) -> Tensor",
-    flops=lambda rng, rows, width, kind: 24 * rows * width,
+    "noise(Tensor rng, SymInt rows, SymInt width, str kind, SymInt first_row) -> Tensor",
+    flops=lambda rng, rows, width, *_: 24 * rows * width,
 )
-def _(rng, rows, width, kind):
+def _(rng, rows, width, kind, first_row):
     return rng.new_empty((rows, width), dtype=torch.int64 if kind == "words" else torch.float32)
 
 
@@ -134,35 +134,35 @@ dispatch.implement("noise", "reference")(noise_reference)
 
 
 @dispatch.implement("noise", "cpu")
-def _(rng, rows, width, kind):
+def _(rng, rows, width, kind, first_row):
     rng = rng.contiguous()
     out = rng.new_empty((rows, width), dtype=torch.int64 if kind == "words" else torch.float32)
     dispatch.native().noise(
         _KINDS.index(kind),
         rng.data_ptr(),
-        *(rows, width, out.data_ptr(), torch.get_num_threads()),
+        *(rows, width, first_row, out.data_ptr(), torch.get_num_threads()),
     )
     return out
 
 
 @dispatch.implement("noise", "triton")
-def _(rng, rows, width, kind):
+def _(rng, rows, width, kind, first_row):
     from .kernels.noise import noise_fwd
 
-    return noise_fwd(rng.contiguous(), rows, width, kind)
+    return noise_fwd(rng.contiguous(), rows, width, kind, first_row)
 
 
-def _cuda_supports(rng, rows, width, kind) -> str | None:
+def _cuda_supports(rng, rows, width, *_) -> str | None:
     from .cuda import noise
 
     return noise.reason(width)
 
 
 @dispatch.implement("noise", "cuda", _cuda_supports)
-def _(rng, rows, width, kind):
+def _(rng, rows, width, kind, first_row):
     from .cuda.noise import noise_fwd
 
-    return noise_fwd(rng.contiguous(), rows, width, kind)
+    return noise_fwd(rng.contiguous(), rows, width, kind, first_row)
 
 
 # --- public --------------------------------------------------------------------------------------
@@ -212,6 +212,8 @@ def noise_words(
 
     Args:
         shape: ``[..., W]``; all but the last dimension count rows.
+        first_row: the number of the first of these rows in the matrix that they are a part of, at
+            least 0. ``(first_row + rows) * ceil(W / 4)``, its groups up to here, are below 2^63.
         rng: see ``make_rng``.
         device: defaults to rng's, or the CPU.
         backend: as everywhere in ``flowops``.
@@ -221,7 +223,7 @@ def noise_words(
 
     Source: SC 2011, Salmon et al.
     """
-    return _noise("words", shape, rng, device, backend, first_row)
+    return _noise("words", shape, first_row, rng, device, backend)
 
 
 def noise_uniform(
@@ -237,7 +239,7 @@ def noise_uniform(
 
     Arguments and errors as ``noise_words``.
     """
-    return _noise("uniform", shape, rng, device, backend, first_row).to(dtype)
+    return _noise("uniform", shape, first_row, rng, device, backend).to(dtype)
 
 
 def noise_normal(
@@ -253,19 +255,32 @@ def noise_normal(
 
     Arguments and errors as ``noise_words``.
     """
-    return _noise("normal", shape, rng, device, backend, first_row).to(dtype)
+    return _noise("normal", shape, first_row, rng, device, backend).to(dtype)
 
 
-def _noise(kind, shape, rng, device, backend, first_row=0) -> Tensor:
+def _noise(kind, shape, first_row, rng, device, backend) -> Tensor:
     dispatch.check_backend(backend)
-    try:  # symbolic sizes stay symbolic
-        shape = [s if isinstance(s, torch.SymInt) else operator.index(s) for s in shape]
+    try:
+        shape = [_integer(size) for size in shape]
     except TypeError:
         raise TypeError(f"shape: expected a sequence of integers, got {shape!r}") from None
     if not shape or min(shape) < 1:
         raise ValueError(f"shape: expected at least one dimension, all positive, got {shape}")
+    rows, groups = math.prod(shape[:-1]), (shape[-1] + 3) // 4
+    try:
+        first_row = _integer(first_row)
+    except TypeError:
+        raise TypeError(f"first_row: expected an integer, got {first_row!r}") from None
+    last = (2**63 - 1) // groups - rows
+    if first_row < 0 or first_row > last:
+        raise ValueError(f"first_row: expected 0 to {last} for shape {shape}, got {first_row}")
     if device is None:
         device = rng.device if isinstance(rng, Tensor | torch.Generator) else "cpu"
     state = make_rng(rng, device)
-    rows = math.prod(shape[:-1])
-    return torch.ops.flowops.noise(state, rows + first_row, shape[-1], kind, backend)[first_row:].reshape(shape)
+    out = torch.ops.flowops.noise(state, rows, shape[-1], kind, first_row, backend)
+    return out.view(shape)
+
+
+def _integer(value) -> int:
+    # While torch.compile traces, a symbolic number is an int; operator.index makes it a constant.
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)

@@ -95,7 +95,7 @@ class PadNoiseFunction(torch.autograd.Function):
         D = ctx.features
         grad_pad_scale = grad_data_scale = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            eps = torch.ops.flowops.noise(rng, *grad.shape, "normal", ctx.backend)
+            eps = torch.ops.flowops.noise(rng, *grad.shape, "normal", 0, ctx.backend)
             weighted = grad * eps  # fp32 at least: eps is
             if ctx.needs_input_grad[3]:
                 grad_pad_scale = weighted[:, D:].sum().to(pad_scale)

@@ -86,24 +86,27 @@ def columns(c0, c1, c2, c3):
     return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [c0.shape[0], 4])
 
 
-@triton.jit
+# A program that draws its share of every batch brings another first_group each time: its type is
+# fixed, and nothing else about it is compiled in.
+@triton.jit(do_not_specialize=["first_group"])
 def noise_fwd_kernel(
-    rng_ptr, out_ptr, rows, width, groups_per_row, KIND: tl.constexpr, BLOCK: tl.constexpr
+    rng_ptr, out_ptr, rows, width, groups_per_row, first_group: tl.int64,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     row = group // groups_per_row
     col = (group % groups_per_row)[:, None] * 4 + tl.arange(0, 4)[None, :]  # [BLOCK, 4]
     if KIND == 2:
-        values = normals(rng_ptr, group)
+        values = normals(rng_ptr, first_group + group)
     else:
-        w0, w1, w2, w3 = philox_words(rng_ptr, group)
+        w0, w1, w2, w3 = philox_words(rng_ptr, first_group + group)
         words = columns(w0, w1, w2, w3)
         values = uniform(words) if KIND == 1 else words.to(tl.int64)
     mask = (row < rows)[:, None] & (col < width)
     tl.store(out_ptr + row[:, None] * width + col, values, mask=mask)
 
 
-def noise_fwd(rng: torch.Tensor, rows: int, width: int, kind: str) -> torch.Tensor:
+def noise_fwd(rng: torch.Tensor, rows: int, width: int, kind: str, first_row: int) -> torch.Tensor:
     """``[rows, width]``: int64 words, or fp32 values. rng is contiguous."""
     dtype = torch.int64 if kind == "words" else torch.float32
     groups_per_row = triton.cdiv(width, 4)
@@ -111,7 +114,7 @@ def noise_fwd(rng: torch.Tensor, rows: int, width: int, kind: str) -> torch.Tens
     def attempt(choice: Launch):
         out = rng.new_empty((rows, width), dtype=dtype)
         programs = triton.cdiv(rows * groups_per_row, choice["BLOCK"])
-        args = (rng, out, rows, width, groups_per_row)
+        args = (rng, out, rows, width, groups_per_row, first_row * groups_per_row)
         start(noise_fwd_kernel, choice, programs, args, fuse=False, KIND=KINDS.index(kind))
         return out
 

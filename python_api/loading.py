@@ -226,9 +226,14 @@ class _Slots(torch.utils.data.Dataset):
 
     def take(self, slot: int, pin: bool) -> Images:
         """A copy of a batch, for the slot will be written again."""
-        copy = Tensor.pin_memory if pin else Tensor.clone
+        copy = Tensor.pin_memory if pin else _copy
         labels = None if self.labels is None else copy(self.labels[slot])
         return Images(copy(self.pixels[slot]), labels, tuple(self.data.class_names))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """``clone`` in one thread: several wait for each other where workers keep the cores busy."""
+    return torch.from_numpy(tensor.numpy().copy())
 
 
 def _quiet_worker(worker: int) -> None:

@@ -20,13 +20,15 @@ _TIMEOUT = datetime.timedelta(minutes=30)  # a rank may draw samples while the o
 
 @dataclass(frozen=True)
 class World:
-    """``rank`` of ``size`` processes; ``control``, a group of its own on the CPU for what runs
-    beside the training (checkpoints); None in a process alone."""
+    """``rank`` of ``size`` processes. Groups of their own on the CPU: ``control`` for what the
+    processes tell each other, ``saves`` for checkpoints, which are written by another thread; None
+    in a process alone."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: "dist.ProcessGroup | None" = None
+    saves: "dist.ProcessGroup | None" = None
 
     def mean_(self, x: Tensor) -> Tensor:
         """The mean over all processes, in place."""
@@ -99,8 +101,8 @@ def join_world(device: str | None = None) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT, device_id=here if kind == "cuda" else None)
     try:
-        control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        yield World(dist.get_rank(), dist.get_world_size(), here, control)
+        groups = [dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in ("control", "saves")]
+        yield World(dist.get_rank(), dist.get_world_size(), here, *groups)
     finally:
         dist.destroy_process_group()
 

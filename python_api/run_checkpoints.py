@@ -29,8 +29,8 @@ _ALONE = "torch.distributed is disabled, unavailable or uninitialized"
 class Checkpoints:
     """The checkpoints of a run in ``directory``, the newest ``keep`` of them.
 
-    Methods are called by all processes alike; ``finish`` and ``close`` raise OSError, naming the
-    checkpoint, where a save failed in any of them.
+    Methods are called by all processes alike; ``finish`` raises OSError, naming the checkpoint,
+    where a save failed in any of them.
     """
 
     def __init__(self, directory: Path, world: World, keep: int = 2):
@@ -70,7 +70,7 @@ class Checkpoints:
         future = dcp.async_save(
             tensors,
             storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
-            process_group=self.world.control,
+            process_group=self.world.saves,
             no_dist=self.world.size == 1,
         )
         self._pending = step, future
@@ -105,6 +105,13 @@ class Checkpoints:
             raise OSError(
                 f"could not write {self._path(step)}, earlier checkpoints are intact: {caught}"
             ) from caught
+
+    def close(self) -> None:
+        """Lets the save at work end, where an error has come between; does not raise. The groups of
+        processes must not go while a thread uses them."""
+        if self._pending is not None:
+            self._pending[1].exception()
+            self.poll()
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are all there and of the length they were written

@@ -48,7 +48,11 @@ def run_training(
     checkpoints = Checkpoints(out / "checkpoints", world, config.keep_checkpoints)
     checkpoints.begin(trainer.step_count)
     meter = _Meter(trainer)
-    with MetricsLog(out, trainer.step_count, world.rank == 0) as log, _deferred() as signals:
+    with (
+        contextlib.closing(checkpoints),
+        MetricsLog(out, trainer.step_count, world.rank == 0) as log,
+        _deferred() as signals,
+    ):
         while trainer.step_count < config.steps:
             unread.append(trainer.step(stop=bool(signals)))
             checkpoints.poll()

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ MATRIX = {
     "tcgen05.mma": r"\btcgen05\.mma",
     "mfma": r"\bv_mfma",
 }
+#: Numbers that Triton would tell apart: 1, multiples of 16, and what 32 bits don't hold.
+FIRST_ROWS = (0, 1, 16, 17, 2**40, 2**40 + 1)
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
@@ -85,7 +88,9 @@ def calls(family: str) -> Iterator[tuple[str, Callable[[], object]]]:
             yield name, partial(affine.affine_bwd, x, logdet, x, params, True, inverse, compute)
     rng, scale = empty(2, dtype=torch.int64), torch.tensor(2.0)
     for kind in ("words", "uniform", "normal"):
-        yield kind, partial(noise_fwd, rng, 65536, 64, kind)
+        yield kind, partial(noise_fwd, rng, 65536, 64, kind, 0)
+    for first_row in FIRST_ROWS:
+        yield "normal ranges", partial(noise_fwd, rng, 65536, 4, "normal", first_row)
     for dtype, width in ((FP32, 62), (FP32, 63), (BF16, 62), (FP64, 62)):
         x = empty(65536, 63, dtype=dtype)[:, :width]
         yield (
@@ -123,7 +128,7 @@ def smallest_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, partial(gram.gram_matmul_fwd, point, point, point, *config)
         yield name, partial(gram_backward.gram_matmul_bwd, point, point, point, point, *config)
         yield name, partial(gram_backward.gram_bwd, point, point, point, *config)
-    yield "ones", partial(noise_fwd, rng, 1, 1, "normal")
+    yield "ones", partial(noise_fwd, rng, 1, 1, "normal", 0)
 
 
 def attention_calls(precision: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -249,11 +254,12 @@ def resources(kernel, target: GPUTarget) -> dict:
 
 def compile_all(family: str) -> dict[str, dict]:
     """``compiled``: what ``resources`` says of every launch that ``calls`` make, for ``family``;
-    ``unused``: rows of the table that none of them chose."""
+    ``binaries``: how many each came to; ``unused``: rows of the table that none of them chose."""
     target = TARGETS[family]
     triton.runtime.driver.set_active(NoDriver(target))
     launch.family_of = lambda device: family
     run, choose, compiled, used, current = JITFunction.run, launch.choose, {}, set(), ""
+    binaries = defaultdict(set)
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
@@ -261,7 +267,9 @@ def compile_all(family: str) -> dict[str, dict]:
         tiles |= {"warps": options["num_warps"], "stages": options["num_stages"]}
         tiles |= {k: v for k, v in options.items() if k in ("INPUT", "OUTPUT")}
         label = " ".join(f"{k}={v}" for k, v in tiles.items())
-        compiled[f"{self.fn.__name__} [{current}] {label}"] = resources(kernel, target)
+        name = f"{self.fn.__name__} [{current}] {label}"
+        compiled[name] = resources(kernel, target)
+        binaries[name].add(kernel.hash)
 
     def remember(kernel, family, sizes):
         choice = choose(kernel, family, sizes)
@@ -276,7 +284,11 @@ def compile_all(family: str) -> dict[str, dict]:
         for kernel, rows in launch.TABLE.items()
         for _, choice in [*rows.get(family, []), *(rows["default"] if family == "sm80" else [])]
     }
-    return {"compiled": compiled, "unused": sorted(f"{k} {c}" for k, c in own - used)}
+    return {
+        "compiled": compiled,
+        "binaries": {name: len(hashes) for name, hashes in binaries.items()},
+        "unused": sorted(f"{k} {c}" for k, c in own - used),
+    }
 
 
 def main(argument: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 BATCH, NAN_STEP = 16, 7
 
 
-# --- the program under test: `flowops train`, which also writes down what it is shown --------------
+# --- the program under test ----------------------------------------------------------------------
 
 
 def program(argv: list[str]) -> int:
@@ -129,14 +129,12 @@ class Lab:
         )
 
     def arguments(self, out: Path) -> list[str]:
-        options = {
-            "data": self.store, "out": out, "steps": self.steps, "batch-size": BATCH,
-            "patch-size": 4, "channels": 64, "blocks": 2, "layers": 1, "precision": "fp32",
-            "lr": 5e-4, "checkpoint-every": 5, "log-every": 1, "samples": 0,
-            "peak-tflops": 1,
-        }
-        pairs = [(f"--{name}", str(value)) for name, value in options.items()]
-        return [word for pair in pairs for word in pair] + ["--flip", "--resume"]
+        options = (
+            f"--data store --out {out.name} --steps {self.steps} --batch-size {BATCH} --lr 5e-4 "
+            "--patch-size 4 --channels 64 --blocks 2 --layers 1 --precision fp32 --flip --resume "
+            "--checkpoint-every 5 --log-every 1 --samples 0 --peak-tflops 1"
+        )
+        return options.split()
 
     def prepare(self) -> None:
         """A store of 8x8 digits in three shards, as a user makes it."""
@@ -149,14 +147,9 @@ class Lab:
             path = self.folder / "images" / str(label) / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((image * 15).astype(np.uint8)).save(path)
-        arguments = ["--img-size", "8", "--channels", "1", "--shard-images", "200"]
-        subprocess.run(
-            [sys.executable, "-m", "flowops", "data", "prepare", "images", "--out", self.store]
-            + [*arguments, "--workers", "1"],
-            cwd=self.folder,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        options = "--out store --img-size 8 --channels 1 --shard-images 200 --workers 1"
+        command = [sys.executable, "-m", "flowops", "data", "prepare", "images", *options.split()]
+        subprocess.run(command, cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
 
     def close(self) -> None:
         if self.mounted:
@@ -220,19 +213,16 @@ def kill(lab: Lab, processes: int, generator: random.Random) -> bool:
         run.wait_for(lambda: lab.partials() > 0, "a save")
     time.sleep(generator.random() * (0.03 if aimed else 0.3))
     pids = run.pids()
-    victims = (
-        ["the process"] if processes == 1 else [*map("rank {}".format, range(processes)), "all"]
-    )
-    victim = generator.choice(victims)
-    index = victims.index(victim)
-    for pid in pids if victim == "all" else pids[index : index + 1]:
+    rank = generator.randrange(processes + (processes > 1))
+    who = f"rank {rank}" if rank < processes else "all"
+    for pid in pids if who == "all" else pids[rank : rank + 1]:
         os.kill(pid, signal.SIGKILL)
     assert run.end() != 0
     wait_until_gone(pids)
     hit = lab.partials() > 0
     step = run.lines()[-1]["step"]
     where = "in a save" if hit else "between saves"
-    lab.happened(f"kill -9 of {victim} of {processes}, step {step}, {where}", lab.newest())
+    lab.happened(f"kill -9 of {who} of {processes}, step {step}, {where}", lab.newest())
     return hit
 
 
@@ -269,7 +259,7 @@ def cut_shard(lab: Lab) -> None:
     shard.write_bytes(whole[: len(whole) // 2])
     run = Run(lab, lab.processes)
     assert run.end() == 1
-    assert f"{shard}: expected {len(whole):,} bytes, got" in run.text, run.text
+    assert f"{shard.name}: expected {len(whole):,} bytes, got" in run.text, run.text
     assert all(len(run.lines(rank)) == 1 for rank in range(lab.processes))
     shard.write_bytes(whole)
     lab.happened(f"half of {shard.name} is gone: refused by its name; put back", step)
@@ -284,7 +274,7 @@ def cut_checkpoint(lab: Lab) -> None:
     lab.happened(f"half of {path.name}/{file.name} is gone", int(before.name[5:]))
     run = Run(lab, lab.processes)
     lab.goes_on(run)
-    assert f"{path} is passed over" in run.text, run.text
+    assert f"{path.name} is passed over" in run.text, run.text
     run.wait_for_steps(8)
     for pid in run.pids():
         os.kill(pid, signal.SIGKILL)

@@ -132,10 +132,11 @@ void affine_inverse(int xd, int pd, int64_t B, int64_t T, int64_t C, bool has_sc
 }
 
 // rng is the address of int64[2] = (seed, offset).
-void noise(int kind, Address rng, int64_t rows, int64_t width, Address out, int threads) {
+void noise(int kind, Address rng, int64_t rows, int64_t width, int64_t first_row, Address out,
+           int threads) {
     const int64_t *words = at<const int64_t>(rng);
-    const NoiseArgs args{uint64_t(words[0]), uint64_t(words[1]), rows,   width,
-                         NoiseKind(kind),    at<void>(out),      threads};
+    const NoiseArgs args{uint64_t(words[0]), uint64_t(words[1]), rows,          width,
+                         first_row,          NoiseKind(kind),    at<void>(out), threads};
     py::gil_scoped_release release;
     active.noise(args);
 }

@@ -42,10 +42,11 @@ struct AffineInverseArgs : AffineArgs {
 
 enum class NoiseKind : int { words = 0, uniform = 1, normal = 2 };
 
-// Rows are those of a row-major matrix of width `width` under the noise contract (docs/noise.md).
+// Rows `first_row` and on of a row-major matrix of width `width` under the noise contract
+// (docs/noise.md).
 struct NoiseArgs {
     uint64_t seed, offset;
-    int64_t rows, width;
+    int64_t rows, width, first_row;
     NoiseKind kind;
     void *out;  // int64 for words, float otherwise; contiguous [rows, width]
     int threads;

@@ -1,4 +1,4 @@
-// Words, uniforms and normals of the noise contract for a whole matrix.
+// Words, uniforms and normals of the noise contract for rows of a matrix.
 
 #include "kernels.h"
 #include "philox.h"
@@ -22,6 +22,7 @@ void fill(const NoiseArgs &args) {
     // Rows start on a whole counter, so a row holds `groups` counters and the last may be cut.
     const int64_t groups = (args.width + 3) / 4;
     const int64_t counters = args.rows * groups;
+    const uint64_t before = uint64_t(args.first_row) * groups;
     const int64_t blocks = (counters + noise_block - 1) / noise_block;
     const int threads = blocks < 16 ? 1 : args.threads;
     T *out = static_cast<T *>(args.out);
@@ -32,7 +33,7 @@ void fill(const NoiseArgs &args) {
         T values[4 * noise_block];
         const int64_t first = b * noise_block;
         const int64_t last = first + noise_block < counters ? first + noise_block : counters;
-        for (int64_t i = 0; i < noise_block; ++i) counter_of[i] = uint64_t(first + i);
+        for (int64_t i = 0; i < noise_block; ++i) counter_of[i] = before + (first + i);
         draw_words(counter_of, args.offset, args.seed, words);
         convert(words, args.kind, values);
         int64_t counter = first;

@@ -1,4 +1,5 @@
-// The op of flowops/noise.py: words, uniforms and normals of the noise contract for a matrix.
+// The op of flowops/noise.py: words, uniforms and normals of the noise contract for rows of a
+// matrix.
 //
 // Bound: words and uniforms by writing. Normals are some 190 instructions for 16 bytes, which an
 // H100 issues at the rate at which it writes if no cycle is lost: they are bound by instructions.
@@ -7,7 +8,7 @@
 struct Noise {
     const void *rng;
     void *out;
-    i64 rows, width, length;
+    i64 rows, width, length, first_row;
 };
 
 struct AsWords {
@@ -35,14 +36,16 @@ DEVICE void draw(const Noise &args) {
     const Philox philox(args.rng);
     u32 width = args.width;
     Groups groups(width, 0);
-    for_tiles(static_cast<T *>(args.out), args.rows, width, args.length,
-              [&](const Tile &tile, T *to) {
-                  groups.of(tile, [&](const Group &at) {
-                      T values[4];
-                      Kind::convert(philox(at.counter), values);
-                      store_group(to + at.at, width - 4 * at.group, values);
-                  });
-              });
+    for_tiles(static_cast<T *>(args.out), args.rows, width, args.length, [&](Tile tile, T *to) {
+        // Counters are those of the matrix that these rows are a part of.
+        tile.begin.row += args.first_row;
+        tile.end.row += args.first_row;
+        groups.of(tile, [&](const Group &at) {
+            T values[4];
+            Kind::convert(philox(at.counter), values);
+            store_group(to + at.at, width - 4 * at.group, values);
+        });
+    });
 }
 
 // For widths that are multiples of four: the groups are the matrix, in order.
@@ -51,11 +54,15 @@ DEVICE void draw_in_order(const Noise &args) {
     using T = typename Kind::Value;
     constexpr int V = 16 / sizeof(T);
     const Philox philox(args.rng);
-    u64 groups = u64(args.rows) * args.width / 4, step = u64(gridDim.x) * THREADS;
-    for (u64 group = u64(blockIdx.x) * THREADS + threadIdx.x; group < groups; group += step) {
+    u64 per_row = args.width / 4, first = args.first_row * per_row;
+    u64 counter = first + u64(blockIdx.x) * THREADS + threadIdx.x;
+    u64 end = first + args.rows * per_row, step = u64(gridDim.x) * THREADS;
+    // Where the group of counter 0 would be: the loop then counts in one number alone.
+    u64 out = reinterpret_cast<u64>(args.out) - 4 * sizeof(T) * first;
+    for (; counter < end; counter += step) {
         T values[4];
-        Kind::convert(philox(group), values);
-        T *to = static_cast<T *>(args.out) + 4 * group;
+        Kind::convert(philox(counter), values);
+        T *to = reinterpret_cast<T *>(out + 4 * sizeof(T) * counter);
 #pragma unroll
         for (int j = 0; j < 4; j += V) {
             Vec<T, V> some;

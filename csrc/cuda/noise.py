@@ -29,14 +29,15 @@ def tiles(out: Tensor, per_processor: int) -> tuple[int, int, int]:
     return length, min(-(-out.numel() // length), blocks), length * size + 2 * MARGIN
 
 
-def noise_fwd(rng: Tensor, rows: int, width: int, kind: str) -> Tensor:
+def noise_fwd(rng: Tensor, rows: int, width: int, kind: str, first_row: int) -> Tensor:
     """``[rows, width]``: int64 words, or fp32 values. rng is contiguous."""
     out = rng.new_empty((rows, width), dtype=torch.int64 if kind == "words" else torch.float32)
     if width % 4 == 0:
         grid = min(-(-out.numel() // (4 * THREADS)), blocks_at_once(rng.device, _PER_PROCESSOR))
-        launch("noise", f"noise_{kind}_in_order", grid, THREADS, (rng, out, rows, width, 0))
+        args = (rng, out, rows, width, 0, first_row)
+        launch("noise", f"noise_{kind}_in_order", grid, THREADS, args)
     else:
         length, grid, shared = tiles(out, _PER_PROCESSOR)
-        args = (rng, out, rows, width, length)
+        args = (rng, out, rows, width, length, first_row)
         launch("noise", f"noise_{kind}", grid, THREADS, args, shared=shared)
     return out

@@ -1,4 +1,3 @@
-import argparse
 import json
 from dataclasses import replace
 
@@ -208,13 +207,8 @@ def test_cells():
     assert found == 3 * [*first, (3, "ddp", 0), (3, "fsdp", 0)]
 
 
-def options(**changes):
-    known = {"device": "cpu", "precision": "fp32", "compile": False, "seconds": 0.01}
-    return argparse.Namespace(**known | changes)
-
-
 def test_a_cell_in_this_process():
-    found = scaling.measure_cell(TINY, **vars(options()))
+    found = scaling.measure_cell(TINY, "cpu", 0.01)
     P = found["parameters"]
     tensors = {"weights": 4 * P, "gradients": 4 * P, "moments": 8 * P}
     tensors["averages"] = 4 * (P + 4 * 16)  # with the prior's variance
@@ -225,7 +219,7 @@ def test_a_cell_in_this_process():
 
 
 def test_a_cell_of_two_processes():
-    found = scaling.run_cell(replace(TINY, world=2, parallel="fsdp"), options())
+    found = scaling.run_cell(replace(TINY, world=2, parallel="fsdp"), "cpu", 0.01)
     assert "error" not in found
     for name, size in found["state_formula"].items():
         assert size == {"moments": 8}.get(name, 4) * found["parameters"] / 2
@@ -234,7 +228,7 @@ def test_a_cell_of_two_processes():
 
 def test_a_failed_cell_says_why():
     cell = replace(TINY, parallel="fsdp", shard_ranks=2)
-    assert scaling.run_cell(cell, options()) == {
+    assert scaling.run_cell(cell, "cpu", 0.01) == {
         "error": "ValueError: shard_ranks: expected a divisor of the 1 processes, got 2"
     }
 
@@ -242,7 +236,7 @@ def test_a_failed_cell_says_why():
 # --- the command ---------------------------------------------------------------------------------
 
 
-def fake(cell, args):
+def fake(cell, device, seconds):
     if cell.checkpoint == "selective":
         return {"error": "RuntimeError: out of memory"}
     parts = dict.fromkeys(("weights", "gradients", "moments", "averages"), 1e6)
@@ -278,13 +272,22 @@ def test_results_and_page(checkout):
     assert (one["seconds"]["median"], one["images_per_second"], one["against_one"]) == (0.2, 20, 1)
     assert (two["world"], two["images_per_second"], two["against_one"]) == (2, 20, 1)
     assert one["mfu"] == approx(20 * 1e7 / 4e9)
+    # What is not run again stays.
+    assert scaling.main([*ARGS, "--worlds", "1", "--rounds", "1", "--precision", "bf16"]) == 1
+    after = json.loads(path.read_text())["rows"]
+    assert after[:12] == rows
+    assert [row["precision"] for row in after[12:]] == 3 * ["bf16"]
+    assert scaling.main([*ARGS, "--worlds", "1", "--precision", "bf16"]) == 1
+    assert len(json.loads(path.read_text())["rows"]) == 15
     assert scaling.main(["--docs"]) == 0
     text = page.read_text()
     assert "old" not in text
     assert text.startswith("text\n")
     assert text.endswith("end\n")
     assert "RuntimeError: out of memory" in text
-    assert "| 4-64-2-1@1x8 | 1 | one process | no | 4 | 200 (100 to 300) | 20 | 1.00 |" in text
+    assert (
+        "| 4-64-2-1@1x8 | fp32 | 1 | one process | no | 4 | 200 (100 to 300) | 20 | 1.00 |" in text
+    )
     assert (checkout / "docs" / "scaling.png").stat().st_size > 1000
 
 

@@ -12,6 +12,8 @@ from helpers import ENGINES, ISAS, running
 
 DRAWS = {"words": noise_words, "uniform": noise_uniform, "normal": noise_normal}
 INT64 = st.integers(-(2**63), 2**63 - 1)
+#: With counters on both sides of 2^32, and up to where those of some 100 rows of 70 still fit.
+FIRST_ROWS = st.integers(0, 2**63 // 18 - 100) | st.integers(2**32 - 40, 2**32)
 
 by_engine = pytest.mark.parametrize("engine", ENGINES)
 by_isa = pytest.mark.parametrize("isa", ISAS)
@@ -108,29 +110,40 @@ def test_known_answers_of_the_public_function(engine):
     width=st.integers(1, 70),
     row=st.integers(0, 39),
     column=st.integers(0, 69),
+    first_row=st.just(0) | FIRST_ROWS,
 )
-@example(seed=-1, offset=-1, width=70, row=39, column=69)
-@example(seed=-(2**63), offset=2**63 - 1, width=1, row=39, column=0)
-@example(seed=2**32, offset=2**32, width=5, row=0, column=4)
-def test_words_are_philox_of_seed_offset_row_and_column(engine, seed, offset, width, row, column):
+@example(seed=-1, offset=-1, width=70, row=39, column=69, first_row=0)
+@example(seed=-(2**63), offset=2**63 - 1, width=1, row=39, column=0, first_row=2**63 - 41)
+@example(seed=2**32, offset=2**32, width=5, row=0, column=4, first_row=2**32)
+@example(seed=1, offset=0, width=4, row=20, column=1, first_row=2**32 - 20)
+def test_words_are_philox_of_seed_offset_row_and_column(
+    engine, seed, offset, width, row, column, first_row
+):
     column %= width
+    rng = torch.tensor([seed, offset])
     with running(engine) as backend:
-        words = noise_words((row + 1, width), rng=torch.tensor([seed, offset]), backend=backend)
-    assert words[row, column].item() == word_of(seed, offset, row, column, width)
+        words = noise_words((row + 1, width), first_row=first_row, rng=rng, backend=backend)
+    assert words[row, column].item() == word_of(seed, offset, first_row + row, column, width)
 
 
 @by_isa
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 40), width=st.integers(1, 70), seed=INT64, offset=INT64)
-@example(rows=40, width=70, seed=-1, offset=-1)
-@example(rows=1, width=1, seed=-(2**63), offset=-(2**63))
-def test_cpu_gives_the_bits_of_the_reference(isa, rows, width, seed, offset):
-    rng = torch.tensor([seed, offset])
+@given(
+    rows=st.integers(1, 40),
+    width=st.integers(1, 70),
+    seed=INT64,
+    offset=INT64,
+    first_row=st.just(0) | FIRST_ROWS,
+)
+@example(rows=40, width=70, seed=-1, offset=-1, first_row=0)
+@example(rows=1, width=1, seed=-(2**63), offset=-(2**63), first_row=2**63 - 2)
+def test_cpu_gives_the_bits_of_the_reference(isa, rows, width, seed, offset, first_row):
+    shape, where = (rows, width), {"first_row": first_row, "rng": torch.tensor([seed, offset])}
     with running(isa):
         for draw in DRAWS.values():
-            actual = draw((rows, width), rng=rng, backend="cpu")
+            actual = draw(shape, **where, backend="cpu")
             assert actual.is_contiguous()
-            assert torch.equal(actual, draw((rows, width), rng=rng, backend="reference"))
+            assert torch.equal(actual, draw(shape, **where, backend="reference"))
 
 
 @by_kind
@@ -141,7 +154,10 @@ def test_large_matrices_give_the_bits_of_the_reference(kind, shape):
     for isa in ISAS:
         with running(isa):
             actual = DRAWS[kind](shape, rng=rng, backend="cpu")
+            first, half = shape[0] // 3, (shape[0] + 1) // 2
+            part = DRAWS[kind]((half, shape[1]), first_row=first, rng=rng, backend="cpu")
         assert torch.equal(actual, expected), isa
+        assert torch.equal(part, expected[first : first + half]), isa
 
 
 @by_isa
@@ -152,7 +168,7 @@ def test_thread_count_does_not_change_a_bit(isa, kind):
     with running(isa):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(DRAWS[kind]((777, 333), rng=rng, backend="cpu"))
+            results.append(DRAWS[kind]((777, 333), first_row=9, rng=rng, backend="cpu"))
     for result in results[1:]:
         assert torch.equal(result, results[0])
 

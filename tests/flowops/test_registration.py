@@ -166,7 +166,7 @@ def registered_examples(backend):
             *(packed.heads, packed.eps, 0.7, True, packed.outputs, packed.panels),
             *(1e-3, 3, 1.5, "auto"),
         ),
-        "noise": (rng, 5, 7, "normal", "auto"),
+        "noise": (rng, 5, 7, "normal", 3, "auto"),
         "pad_noise": (xs, rng, 2, torch.tensor(2.0), torch.tensor(0.1), "auto"),
         "se_gram": (xs, z, length, *config),
         "se_gram_backward": (g(6, 4), xs, z, length, *config),

@@ -53,6 +53,13 @@ def test_every_row_of_the_table_is_compiled(results, family):
 
 
 @by_family
+def test_noise_of_other_rows_is_the_same_binary(results, family):
+    """A program that draws its share of every batch asks for other rows each time."""
+    binaries = results[family]["binaries"]
+    assert [count for name, count in binaries.items() if "[normal ranges]" in name] == [1]
+
+
+@by_family
 def test_shared_memory_is_within_the_limit(results, family):
     for name, found in results[family]["compiled"].items():
         assert found["shared"] <= SHARED[family], f"{family} {name}: {found}"

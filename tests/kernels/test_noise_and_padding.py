@@ -17,10 +17,11 @@ by_data_scale = pytest.mark.parametrize("data_scale", [0.0, 0.3])
 cuda = pytest.mark.parametrize("backend", BACKENDS[1:])
 
 
-def noise_agrees(backend, rows, width, rng):
+def noise_agrees(backend, rows, width, rng, first_row=0):
     for function in (noise_words, noise_uniform, noise_normal):
-        actual = function((rows, width), rng=rng.to(DEVICE), backend=backend)
-        expected = function((rows, width), rng=rng, backend="reference")
+        shape, rows_of = (rows, width), {"first_row": first_row}
+        actual = function(shape, **rows_of, rng=rng.to(DEVICE), backend=backend)
+        expected = function(shape, **rows_of, rng=rng, backend="reference")
         assert actual.dtype == expected.dtype
         bits = torch.int64 if function is noise_words else torch.int32  # zeros have signs
         assert torch.equal(actual.cpu().view(bits), expected.view(bits))
@@ -35,12 +36,35 @@ def padding_agrees(backend, x, pad, rng=RNG, **scales):
 
 @by_backend
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
-@given(rows=st.integers(1, 300), width=st.integers(1, 70), seed=INT64, offset=INT64)
-@example(1, 1, 0, 0)
-@example(700, 3, -1, -1)
-@example(300, 64, 1, 2)
-def test_gives_the_bits_of_the_reference(backend, rows, width, seed, offset):
-    noise_agrees(backend, rows, width, torch.tensor([seed, offset]))
+@given(
+    rows=st.integers(1, 300),
+    width=st.integers(1, 70),
+    seed=INT64,
+    offset=INT64,
+    first_row=st.just(0) | st.integers(0, 2**63 // 18 - 301),
+)
+@example(1, 1, 0, 0, 0)
+@example(700, 3, -1, -1, 0)
+@example(300, 64, 1, 2, 0)
+@example(300, 64, 1, 2, 2**28 - 100)  # some counters below 2^32, some above
+@example(300, 63, 1, 2, 2**28 - 100)
+@example(2, 1, 1, 2, 2**63 - 3)  # the last there are
+@example(2, 4, 1, 2, 2**63 - 3)
+@example(2, 64, 1, 2, 2**59 - 3)
+@example(2, 63, 1, 2, 2**59 - 3)
+def test_gives_the_bits_of_the_reference(backend, rows, width, seed, offset, first_row):
+    noise_agrees(backend, rows, width, torch.tensor([seed, offset]), first_row)
+
+
+@by_backend
+@pytest.mark.parametrize("width", [5, 8])
+def test_a_range_of_rows_is_a_slice_of_the_whole(backend, width):
+    rng = RNG.to(DEVICE)
+    for function in (noise_words, noise_uniform, noise_normal):
+        whole = function((300, width), rng=rng, backend=backend)
+        for first, rows in ((0, 300), (1, 299), (7, 200), (16, 1), (299, 1)):
+            part = function((rows, width), first_row=first, rng=rng, backend=backend)
+            assert torch.equal(part, whole[first : first + rows])
 
 
 @by_backend
@@ -104,7 +128,8 @@ SIZES = [(1500, 65), (3, 20_006), (6000, 9), (40, 1003), (700, 64)]
 @cuda
 @pytest.mark.parametrize(("rows", "width"), SIZES)
 def test_noise_by_tiles(backend, rows, width):
-    noise_agrees(backend, rows, width, RNG)
+    for first_row in (0, 2**40 + 1):
+        noise_agrees(backend, rows, width, RNG, first_row)
 
 
 @cuda

@@ -254,6 +254,18 @@ def test_training_noise():
     assert abs(gaussian_noise(big, 0.25, rng).std().item() - 0.25) < 0.005
 
 
+def test_training_noise_of_a_part_of_the_batch():
+    x, rng = images(7, 3, 5, 5), torch.tensor([1, 2])
+    for noisy in (
+        lambda x, **rows: gaussian_noise(x, 0.3, rng, **rows),
+        lambda x, **rows: uniform_dequantize(x, rng, **rows),
+    ):
+        whole = noisy(x)
+        parts = [noisy(x[a:b], first_row=a) for a, b in ((0, 2), (2, 3), (3, 7))]
+        assert torch.equal(torch.cat(parts), whole)
+        assert not torch.equal(noisy(x[2:3]), whole[2:3])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_stays_close(dtype):
     if dtype == torch.float16:
