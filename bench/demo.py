@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flowops import dispatch
 from flowops.api.checkpoint import write_whole
+from flowops.api.curves import plot_curve
 from flowops.api.data import load_images, save_grid
 from flowops.api.evaluate import evaluate, noisy_batches
 from flowops.api.train import run_training
@@ -124,7 +125,11 @@ def run(config: DemoConfig) -> dict:
         "train_config": asdict(train_config),
     }
     save_grid(samples, out / "samples.png", config.per_digit)
-    plot_losses(losses, after.bits_per_dim, out / "loss.png")
+    plot_curve(
+        *(range(1, len(losses) + 1), losses, out / "loss.png"),
+        "TarFlow on 4,500 MNIST digits",
+        after.bits_per_dim,
+    )
     with console.status("comparing sampling"):
         noise = torch.randn(32, model.num_patches, model.patch_channels)
         sampling = compare_sampling(model, noise, torch.arange(32) % DIGITS, config.guidance)
@@ -134,32 +139,6 @@ def run(config: DemoConfig) -> dict:
     for name in ("samples.png", "loss.png", "model.safetensors", "metrics.json"):
         console.print(out / name, highlight=False)
     return metrics
-
-
-def plot_losses(losses: list[float], held_out: float, path: Path) -> None:
-    """The learning curve, every step and a running mean, with the held-out value at the end."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    values = torch.tensor(losses)
-    width = max(1, len(losses) // 50)
-    smooth = values.unfold(0, width, 1).mean(1)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses, lw=0.6, alpha=0.4, label="training batch")
-    axes.plot(range(width, len(losses) + 1), smooth, lw=1.8, label=f"mean of {width} steps")
-    axes.axhline(held_out, color="black", ls="--", lw=1, label=f"held out: {held_out:.3f}")
-    axes.set_ylim(min(smooth.min().item(), held_out) - 0.1, smooth.max().item() + 0.1)
-    axes.set(xlabel="step", ylabel="bits per dim", title="TarFlow on 4,500 MNIST digits")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    plt.close(figure)
-    write_whole(path, data.getvalue())
 
 
 def _table(metrics: dict) -> Table:

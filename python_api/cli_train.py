@@ -100,12 +100,34 @@ def _train(args, world) -> None:
             display.on_step,
             lambda model, step: draw_grid(model, world, config, args.samples, args.out, step),
         )
+    result = None
     if held_out is not None:
-        print_evaluation(
-            console, evaluate(model, held_out, config, world=world), noise_name(config)
-        )
-    for name in ("model.safetensors", "checkpoints", "metrics.jsonl", "samples"):
-        console.print(args.out / name, highlight=False)
+        result = evaluate(model, held_out, config, world=world)
+        print_evaluation(console, result, noise_name(config))
+    if world.rank == 0:
+        _plot(args.out, result, "bits per dim" if trainer.bits_offset else "bits per latent dim")
+    for name in ("model.safetensors", "checkpoints", "metrics.jsonl", "samples", "curve.png"):
+        if (args.out / name).exists():
+            console.print(args.out / name, highlight=False)
+
+
+def _plot(out: Path, result, unit: str) -> None:
+    """``curve.png``, where matplotlib is installed."""
+    import importlib.util
+
+    from .curves import plot_curve
+
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    plot_curve(
+        [record["step"] for record in records],
+        [float(record["bits_per_dim"]) for record in records],
+        out / "curve.png",
+        str(out),
+        None if result is None else result.bits_per_dim,
+        unit,
+    )
 
 
 def _find_checkpoint(args, world, checkpoints) -> Path | None:

@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from fault_checks import check_complete, check_metrics, check_shown, read_lines, weights_differ
+
 BATCH, NAN_STEP = 16, 7
 
 
@@ -87,9 +89,7 @@ class Run:
 
     def lines(self, rank: int = 0, restart: int = 0) -> list[dict]:
         """What a process has written down: its number, then the images of its steps."""
-        path = Path(f"{self.log}-{restart}-{rank}")
-        whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in whole if line.endswith("\n")]
+        return read_lines(Path(f"{self.log}-{restart}-{rank}"))
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
@@ -184,19 +184,6 @@ class Lab:
             print(f"       goes on from step {step} with {run.kind}", flush=True)
         else:
             print(f"       WENT ON from step {step}, not {self.expected}, with {run.kind}")
-
-
-def check_complete(path: Path) -> None:
-    """Raises if a checkpoint is not: each file is opened, each tensor read."""
-    from safetensors import safe_open
-
-    files = json.loads((path / "state.json").read_text())["files"]
-    assert files.keys() == {p.name for p in path.iterdir()} - {"state.json"}, path
-    for name, size in files.items():
-        assert (path / name).stat().st_size == size, path / name
-        with safe_open(path / name, "np") as file:
-            for key in file.keys():  # noqa: SIM118
-                file.get_tensor(key)
 
 
 # --- the faults ----------------------------------------------------------------------------------
@@ -316,38 +303,13 @@ def lose_rank(lab: Lab) -> None:
     lab.recovered = lab.faults
 
 
-# --- the proof -----------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
-def compare(lab: Lab, exact: bool) -> list[str]:
-    """Lines that say what holds.
-
-    Raises:
-        AssertionError: naming what does not.
-    """
-    truth = {line["step"]: line["images"] for line in lab.calm_run.lines()[1:]}
-    assert list(truth) == list(range(1, lab.steps + 1))
-    shown = 0
-    for path in sorted((lab.folder / "logs").glob("*-*-*")):
-        starts, rank = path.name.split("-")[0], int(path.name.split("-")[2])
-        size = len(list(path.parent.glob(f"{starts}-0-*")))
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line[-1] == "}"][1:]
-        share = BATCH // size
-        for k, line in enumerate(lines):
-            assert line["step"] == lines[0]["step"] + k, (path, line)
-            mine = truth[line["step"]][rank * share : (rank + 1) * share]
-            assert line["images"] == mine, (path, line)
-        shown += len(lines)
-
-    calm, out = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (lab.calm, lab.out)
-    )
-    for records in (calm, out):
-        assert [record["step"] for record in records] == list(range(1, lab.steps + 1))
-        assert [r["step"] for r in records if r["refused"]] == [NAN_STEP]
-    losses = [(float(a["loss"]), float(b["loss"])) for a, b in zip(calm, out, strict=True)]
-    error = max(abs(a - b) / abs(a) for a, b in losses if a == a)
+def prove(lab: Lab, exact: bool) -> list[str]:
+    """Lines that say what holds; AssertionError where something does not."""
+    shown = check_shown(lab.folder / "logs", BATCH)
+    error = check_metrics(lab.calm, lab.out, lab.steps, NAN_STEP)
     weights = weights_differ(lab.calm / "model.safetensors", lab.out / "model.safetensors")
     if exact:
         assert error == weights == 0, (error, weights)
@@ -356,32 +318,15 @@ def compare(lab: Lab, exact: bool) -> list[str]:
         assert weights <= 1e-5, weights
     left = [p for p in lab.out.rglob("*") if p.name.startswith(".") or p.name.endswith(".tmp")]
     assert not left, left
-    lab.newest()
+    assert lab.newest() == lab.steps
     assert len(lab.checkpoints()) == 2
     return [
         f"metrics.jsonl has steps 1 to {lab.steps}, each once; step {NAN_STEP} alone was refused",
-        f"{shown:,} shares of a step were shown, all those of the undisturbed run",
+        f"{shown:,} shares of a step were shown, each with the images of the undisturbed run",
         f"losses differ from those of the undisturbed run by at most {error:.1e} of their value",
         f"averaged weights differ by at most {weights:.1e}",
         "no temporary file is left, both checkpoints are complete",
     ]
-
-
-def weights_differ(a: Path, b: Path) -> float:
-    """Largest difference, but for the biases of keys, which softmax does not see: their gradient is
-    rounding, of which AdamW makes steps of full size."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    worst, (a, b) = 0.0, (load_file(a), load_file(b))
-    assert a.keys() == b.keys()
-    for name in a:
-        difference = np.abs(a[name].astype(np.float64) - b[name])
-        if name.endswith("qkv.bias"):
-            q, _, v = np.split(difference, 3)
-            difference = np.concatenate([q, v])
-        worst = max(worst, float(difference.max()))
-    return worst
 
 
 def campaign(folder: Path, kills: int, seed: int, processes: int, pause: float) -> int:
@@ -404,7 +349,7 @@ def campaign(folder: Path, kills: int, seed: int, processes: int, pause: float) 
             run = Run(lab, 1)
             lab.goes_on(run)
             assert run.end(600) == 0, run.text
-        for line in compare(lab, exact=processes == 1):
+        for line in prove(lab, exact=processes == 1):
             print(f"     {line}")
         print(f"     {in_saves} of {kills} kills hit a save; {time.monotonic() - started:.0f} s")
     finally:

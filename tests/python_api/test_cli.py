@@ -62,6 +62,7 @@ def test_train_leaves_its_files(trained):
     assert names == {
         "checkpoints",
         "config.json",
+        "curve.png",
         "metrics.jsonl",
         "model.safetensors",
         "samples",

@@ -109,18 +109,19 @@ def test_workers_change_nothing_and_end_when_closed():
 
 @pytest.fixture
 def broken(tmp_path):
-    """A store with a label that no class has."""
-    np.savez(tmp_path / "a.npz", data=np.zeros((N, 12), np.uint8), labels=np.full(N, 2))
-    prepare(str(tmp_path / "a.npz"), tmp_path / "store", PrepareConfig(img_size=2))
-    np.save(tmp_path / "labels.npy", np.full(N, 2, np.int32))
-    os.replace(tmp_path / "labels.npy", tmp_path / "store" / "labels-00000.npy")
+    """A store whose second shard has another shape than the index says, which reading finds."""
+    for k in range(2):
+        np.savez(tmp_path / f"{k}.npz", data=np.zeros((N // 2, 12), np.uint8))
+    prepare(str(tmp_path / "*.npz"), tmp_path / "store", PrepareConfig(img_size=2))
+    shard = tmp_path / "store" / "images-00001.npy"
+    shard.write_bytes(shard.read_bytes().replace(b"(25, 3, 2, 2)", b"(25, 2, 3, 2)"))
     return ImageStore(tmp_path / "store")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_the_data_are_handed_on(broken, workers):
     options = {"seed": 0, "batch_size": N, "first_step": 0, "steps": 1, "workers": workers}
-    with pytest.raises(ValueError, match=rf"^{broken.path}/labels-00000.npy: expected labels"):
+    with pytest.raises(ValueError, match=rf"^{broken.path}/images-00001.npy: expected shape"):
         next(batches(broken, **options))
     assert not multiprocessing.active_children()
 
