@@ -169,7 +169,7 @@ def _in_workers(
     if first is None:
         return
     ahead = 2 * workers
-    # While one batch is copied out, the others of ``ahead`` and one more are being written.
+    # While one batch is copied out, ``ahead`` others are being written.
     slots = _Slots(data, ahead + 1, len(first))
     # The parent may have threads and a CUDA context, neither of which survives a fork. The server
     # imports once what all workers need.

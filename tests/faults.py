@@ -194,7 +194,7 @@ def kill(lab: Lab, processes: int, generator: random.Random) -> bool:
     run = Run(lab, processes)
     lab.goes_on(run)
     aimed = generator.random() < 0.5
-    run.wait_for_steps(1 + generator.randrange(6))
+    run.wait_for_steps(2 + generator.randrange(10))
     if aimed:
         run.wait_for(lambda: lab.partials() == 0, "the end of a save")
         run.wait_for(lambda: lab.partials() > 0, "a save")
@@ -231,7 +231,7 @@ def stop(lab: Lab) -> None:
     """SIGTERM to the last rank, as a scheduler that takes a machine away."""
     run = Run(lab, lab.processes)
     lab.goes_on(run)
-    run.wait_for_steps(3)
+    run.wait_for_steps(12)
     os.kill(run.pids()[lab.processes - 1], signal.SIGTERM)
     assert run.end() == 0, run.text
     step = run.lines()[-1]["step"]
