@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 USAGE = """usage: flowops COMMAND [options]
 
@@ -171,6 +171,7 @@ def _sample_images(argv: list[str]) -> int:
     from .checkpoint import load_model, read_tensors
     from .data import save_array, save_grid
     from .sampling import SamplingInterrupted
+    from .sampling_options import SamplingOptions
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -184,22 +185,9 @@ def _sample_images(argv: list[str]) -> int:
         n: int = 40
         label: int | None = None
         """Class of all images; otherwise the classes in turn."""
-        guidance: float = 0.0
-        """Strength of guidance towards the class."""
-        guidance_kind: Literal["linear", "gaussian"] = "linear"
-        """How: extrapolate the parameters (TarFlow), or combine the Gaussians (STARFlow)."""
-        guide_what: Literal["ab", "a", "b"] = "ab"
-        """linear: guide log-scales (a), shifts (b) or both."""
-        attn_temp: float = 1.0
-        """The unguided pass divides its attention scores by it."""
-        annealed_guidance: bool = False
-        """Guidance grows linearly along the tokens."""
-        method: Literal["exact", "jacobi", "auto"] = "exact"
-        """Token by token, sweeps over windows of tokens, or for each block what pays."""
-        tol: float = 1e-3
-        """jacobi, auto: the largest residual left in a block; 0 for the exact images."""
-        window: int | None = None
-        """jacobi, auto: tokens a sweep; what suits the device by default."""
+        sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = dataclasses.field(
+            default_factory=SamplingOptions
+        )
         batch_size: int = 256
         """Images at a time, at most."""
         denoise: bool = True
@@ -231,19 +219,12 @@ def _sample_images(argv: list[str]) -> int:
         images, report = model.sample(
             args.n,
             labels,
-            guidance=args.guidance,
-            guidance_kind=args.guidance_kind,
-            guide_what=args.guide_what,
-            attn_temp=args.attn_temp,
-            annealed_guidance=args.annealed_guidance,
-            method=args.method,
-            tol=args.tol,
-            window=args.window,
             batch_size=args.batch_size,
             denoise_std=trained["noise_std"] if args.denoise and gaussian else 0.0,
             rng=torch.tensor([args.seed, 0], device=model.var.device),
             progress=sys.stderr.isatty(),
             return_report=True,
+            **dataclasses.asdict(args.sampling),
         )
     except SamplingInterrupted as interrupt:
         written = "nothing written"
@@ -257,8 +238,8 @@ def _sample_images(argv: list[str]) -> int:
     save(images)
     print(args.out)
     print(f"{args.n} images in {seconds:.3g} s, {args.n / seconds:.3g} images/s")
-    if args.method != "exact":
-        _print_sampling_report(report, f"{args.method}, tol {args.tol:g}")
+    if args.sampling.method != "exact":
+        _print_sampling_report(report, f"{args.sampling.method}, tol {args.sampling.tol:g}")
     return 0
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 
 def evaluate_model(argv: list[str]) -> None:
     import tyro
+
+    from .sampling_options import SamplingOptions
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -32,23 +34,13 @@ def evaluate_model(argv: list[str]) -> None:
         precision: Literal["fp32", "tf32", "bf16"] = "fp32"
         """Of bits per dim and classification; samples are drawn in fp32."""
         fid: int = 0
-        """Draw this many samples and print their FID against all images of the data; 0: none."""
+        """Draw this many samples, as in `flowops sample`, and print their FID against all images of
+        the data; 0: none."""
         fid_weights: Path | None = None
         """Weights of FID's Inception network; by default where torch.hub keeps them."""
-        guidance: float = 0.0
-        """fid: strength of guidance towards the class."""
-        guidance_kind: Literal["linear", "gaussian"] = "linear"
-        """fid: as in `flowops sample`."""
-        guide_what: Literal["ab", "a", "b"] = "ab"
-        """fid: guide log-scales (a), shifts (b) or both."""
-        attn_temp: float = 1.0
-        """fid: the unguided pass divides its attention scores by it."""
-        annealed_guidance: bool = False
-        """fid: guidance grows linearly along the tokens."""
-        method: Literal["exact", "jacobi", "auto"] = "exact"
-        """fid: as in `flowops sample`."""
-        tol: float = 1e-3
-        """fid: as in `flowops sample`."""
+        sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = dataclasses.field(
+            default_factory=SamplingOptions
+        )
         denoise: bool = True
         """fid: remove the training noise (Tweedie)."""
         seed: int = 0
@@ -107,13 +99,7 @@ def _evaluate(args, world) -> None:
             seed=args.seed,
             batch_size=args.batch_size,
             on_batch=bar.on_batch,
-            guidance=args.guidance,
-            guidance_kind=args.guidance_kind,
-            guide_what=args.guide_what,
-            attn_temp=args.attn_temp,
-            annealed_guidance=args.annealed_guidance,
-            method=args.method,
-            tol=args.tol,
+            **dataclasses.asdict(args.sampling),
         )
     console.print(f"FID {fid:.2f} ({args.fid} samples against {len(data)} images)")
 

@@ -1,7 +1,9 @@
 """What a training run writes down: ``metrics.jsonl`` and, if installed, tensorboard."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -54,29 +56,38 @@ class MetricsLog:
             return
         path = out / "metrics.jsonl"
         _keep_records(path, step)
-        self._board = _tensorboard(out)
-        self._file = open(path, "a")  # noqa: SIM115
+        self._path, self._board = path, _tensorboard(out)
+        # Without a buffer, whose rest a full disk would refuse once more when it is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                with _naming(self._board.log_dir):
+                    self._board.close()
+            except OSError:
+                if kind is None:  # else the error that is on its way is the one to tell
+                    raise
 
     def write(self, record: dict) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(finite(record)) + "\n")
-        self._file.flush()
+        line = json.dumps(finite(record)).encode() + b"\n"
+        with _naming(self._path):
+            while line:
+                line = line[self._file.write(line) :]
         if self._board is not None:
-            for name, value in record.items():
-                many = value if isinstance(value, list) else [value]
-                for i, number in enumerate(many):
-                    tag = f"{name}/{i}" if isinstance(value, list) else name
-                    self._board.add_scalar(tag, number, record["step"])
+            with _naming(self._board.log_dir):
+                for name, value in record.items():
+                    many = value if isinstance(value, list) else [value]
+                    for i, number in enumerate(many):
+                        tag = f"{name}/{i}" if isinstance(value, list) else name
+                        self._board.add_scalar(tag, number, record["step"])
 
 
 def finite(value):
@@ -86,6 +97,14 @@ def finite(value):
     if isinstance(value, list):
         return [finite(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from error
 
 
 def _keep_records(log: Path, step: int) -> None:

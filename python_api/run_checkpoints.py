@@ -110,8 +110,11 @@ class Checkpoints:
         """Lets the save at work end, where an error has come between; does not raise. The groups of
         processes must not go while a thread uses them."""
         if self._pending is not None:
-            self._pending[1].exception()
+            step, future = self._pending
+            future.exception()
             self.poll()
+            if self.world.rank == 0:
+                shutil.rmtree(self._partial(step), ignore_errors=True)
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are all there and of the length they were written
