@@ -236,7 +236,7 @@ def main(argv: list[str]) -> int:
             runs[cell].append(found)
             told = found.get("error") or f"{1e3 * statistics.median(found['times']):.1f} ms a step"
             print(f"round {turn + 1}: {tuple(asdict(cell).values())} {told}", flush=True)
-        rows = [row(cell, runs) for cell in grid]
+        rows = [row(cell, runs, args.device) for cell in grid]
         _store(rows, env)
     return int(any("error" in row for row in rows))
 
@@ -279,11 +279,25 @@ def run_cell(cell: Cell, device: str, seconds: float) -> dict[str, object]:
     return {"error": errors[0] if errors else f"exit status {done.returncode}"}
 
 
-def row(cell: Cell, runs: dict[Cell, list[dict]]) -> dict[str, object]:
+def product_rate(runs: dict[Cell, list[dict]], world: int, device: str) -> float:
+    """Operations a second that ``world`` processes have for matrix products: the best that any cell
+    of the run saw, for what a machine can do is not less because it was busy at another moment.
+    Processes share a CPU; GPUs they have each."""
+    each = device == "cuda"
+    rates = [
+        run["rate"] / (cell.world if each else 1)
+        for cell, found in runs.items()
+        for run in found
+        if "error" not in run
+    ]
+    return max(rates) * (world if each else 1)
+
+
+def row(cell: Cell, runs: dict[Cell, list[dict]], device: str) -> dict[str, object]:
     """The rounds of a cell as one row. ``against_one`` is the median over rounds of images a second
     over those of one process in the same round, with the same batch a process."""
     found, alone = runs[cell], [c for c in runs if _partner(c) == _partner(cell) and c.world == 1]
-    label = asdict(cell) | {"rounds": len(found), "time": now()}
+    label = asdict(cell) | {"rounds": len(found), "time": now(), "cores": _cores()}
     for run in found:
         if "error" in run:
             return label | {"error": run["error"]}
@@ -293,13 +307,14 @@ def row(cell: Cell, runs: dict[Cell, list[dict]]) -> dict[str, object]:
     if alone and not any("error" in run for run in runs[alone[0]]):
         ones = [cell.batch / statistics.median(run["times"]) for run in runs[alone[0]]]
         ratio = statistics.median(many / one for many, one in zip(rates, ones, strict=True))
-    mfu = (rate * run["flops"] / run["rate"] for rate, run in zip(rates, found, strict=True))
+    peak_rate = product_rate(runs, cell.world, device)
     return label | {
         "steps": sum(len(run["times"]) for run in found),
         "seconds": asdict(timing),
         "images_per_second": cell.batch * cell.world / timing.median,
         "against_one": ratio,
-        "mfu": statistics.median(mfu),
+        "mfu": statistics.median(rates) * first["flops"] / peak_rate,
+        "product_rate": peak_rate,
         "load": statistics.median(run["load"] for run in found),
         "peak": statistics.median(run["peak"] for run in found),
         **{key: first[key] for key in ("peak_formula", "state", "state_formula", "parameters")},

@@ -21,6 +21,8 @@ from .scaling_plan import (
 )
 
 WORLDS = (8, 32, 128, 256)
+#: Load of a CPU, by its cores, above which times are those of other programs.
+BUSY = 1.5
 DISKS = (1e9, 5e9)
 NAMES = {"ddp": "DDP", "fsdp": "FSDP2", "hsdp": "HSDP"}
 KEPT = {False: "no", "selective": "selective", True: "yes"}
@@ -81,8 +83,13 @@ def way(row: dict) -> str:
     return NAMES[row["parallel"]] + (f", {row['shard_ranks']} a copy" if row["shard_ranks"] else "")
 
 
+def timed(row: dict, kind: str) -> bool:
+    """Whether the machine was free enough for the times of a row to mean anything."""
+    return "error" not in row and (kind == "cuda" or row["load"] <= BUSY * row["cores"])
+
+
 def measured(result: dict) -> str:
-    """Where and how, and a line for every cell."""
+    """Where and how, and a line for every cell; times only of a machine that was free."""
     lines = []
     for row in result["rows"]:
         label = [row["model"], row["precision"] + (", compiled" if row["compile"] else "")]
@@ -91,13 +98,17 @@ def measured(result: dict) -> str:
             lines.append([*label, row["error"], *[""] * 7])
             continue
         ms = [1e3 * row["seconds"][name] for name in ("median", "p20", "p80")]
+        times = [
+            f"{ms[0]:.0f} ({ms[1]:.0f} to {ms[2]:.0f})",
+            f"{row['images_per_second']:.3g}",
+            f"{row['against_one']:.2f}" if row["against_one"] else "",
+            f"{100 * row['mfu']:.0f} %",
+        ]
+        if not timed(row, result["environment"]["kind"]):
+            times = [f"busy: load {row['load']:.0f} on {row['cores']} cores", "", "", ""]
         lines.append(
             [
-                *label,
-                f"{ms[0]:.0f} ({ms[1]:.0f} to {ms[2]:.0f})",
-                f"{row['images_per_second']:.3g}",
-                f"{row['against_one']:.2f}" if row["against_one"] else "",
-                f"{100 * row['mfu']:.0f} %",
+                *(*label, *times),
                 f"{sum(row['state'].values()) / 1e6:.1f}",
                 f"{sum(row['state_formula'].values()) / 1e6:.1f}",
                 f"{row['peak'] / 1e6:.0f}",
@@ -127,12 +138,17 @@ def plot(results: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (peaks, ratios, kept) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    rows = [r for result in results for r in result["rows"] if "error" not in r]
+    rows = [
+        r | {"timed": timed(r, result["environment"]["kind"])}
+        for result in results
+        for r in result["rows"]
+        if "error" not in r
+    ]
     for number, name in enumerate(dict.fromkeys(way(r) for r in rows)):
         group = [r for r in rows if way(r) == name]
         x, y = ([r[key] / 1e6 for r in group] for key in ("peak_formula", "peak"))
         peaks.loglog(x, y, "o", color=f"C{number}", label=name)
-        group = [r for r in group if r["world"] > 1 and r["against_one"]]
+        group = [r for r in group if r["world"] > 1 and r["against_one"] and r["timed"]]
         if group:
             labels = [f"{r['model']}\n{r['world']} x {r['batch']}" for r in group]
             ratios.plot(labels, [r["against_one"] for r in group], "o", color=f"C{number}")
@@ -142,6 +158,8 @@ def plot(results: list[dict], path: Path) -> None:
     ratios.axhline(1, color="black", ls="--", lw=1)
     ratios.tick_params(axis="x", labelsize=7)
     ratios.set(title="images/s over those of one process", ylim=(0, None))
+    if not any(r["timed"] for r in rows):
+        ratios.text(0.5, 0.5, "none: the machine was busy", transform=ratios.transAxes, ha="center")
     table = plan(worlds=WORLDS)
     for number, model in enumerate(dict.fromkeys(r["model"] for r in table)):
         for parallel, style in zip(PARALLEL, ("o-", "s--", "^:"), strict=True):

@@ -267,6 +267,7 @@ def cut_checkpoint(lab: Lab) -> None:
         os.kill(pid, signal.SIGKILL)
     run.end()
     wait_until_gone(run.pids())
+    lab.expected = lab.newest()
 
 
 def fill_disk(lab: Lab) -> None:

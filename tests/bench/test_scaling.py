@@ -236,6 +236,31 @@ def test_a_failed_cell_says_why():
 # --- the command ---------------------------------------------------------------------------------
 
 
+def test_product_rate_is_the_best_of_the_run():
+    two, bad = replace(TINY, world=2), replace(TINY, batch=1)
+    runs = {TINY: [{"rate": 3.0}, {"rate": 1.0}], two: [{"rate": 8.0}], bad: [{"error": "x"}]}
+    assert scaling.product_rate(runs, 1, "cpu") == 8  # two processes, the same silicon
+    assert scaling.product_rate(runs, 2, "cpu") == 8
+    assert scaling.product_rate(runs, 1, "cuda") == 4  # a GPU each
+    assert scaling.product_rate(runs, 2, "cuda") == 8
+
+
+def test_times_of_a_busy_machine_are_not_shown():
+    found = fake(TINY, "cpu", 1) | {"load": 5.0}
+    row = scaling.row(TINY, {TINY: [found]}, "cpu") | {"cores": 2}
+    result = {"environment": {**ENV, "kind": "cpu"}, "rows": [row]}
+    busy = "| busy: load 5 on 2 cores |  |  |  | 4.0 | 4.0 | 8 | 9 |"
+    assert busy in scaling_docs.measured(result)
+    row["load"] = 3.0
+    assert "| 200 (140 to 260) | 20 | 1.00 | 5 % | 4.0 |" in scaling_docs.measured(result)
+    row["load"] = 50.0  # of the host, whose cores a GPU's steps hardly need
+    assert not scaling_docs.timed(row, "cpu")
+    assert scaling_docs.timed(row, "cuda")
+
+
+ENV = {"device": "a CPU", "torch": "2", "threads": 2, "isa": "v4", "git": "0", "dirty": False}
+
+
 def fake(cell, device, seconds):
     if cell.checkpoint == "selective":
         return {"error": "RuntimeError: out of memory"}

@@ -328,6 +328,19 @@ def test_a_file_that_may_not_grow(checkpoints, tmp_path):
     assert names(tmp_path) == ["step-00000001"]
 
 
+def test_close_lets_the_save_at_work_end(checkpoints, tmp_path, held, monkeypatch):
+    """And keeps it, if it went well."""
+    checkpoints.close()
+    checkpoints.save(tensors(), {}, 1)
+    threading.Timer(0.2, held.set).start()
+    checkpoints.close()
+    assert checkpoints.latest() == tmp_path / "step-00000001"
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", no_room)
+    checkpoints.save(tensors(), {}, 2)
+    checkpoints.close()
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_a_directory_that_can_not_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
