@@ -120,7 +120,7 @@ class Lab:
         self.folder, self.processes, self.pause = folder, processes, pause
         self.store, self.calm, self.out = folder / "store", folder / "calm", folder / "out"
         self.steps, self.starts = 60 + 15 * kills, 0
-        self.faults = self.recovered = self.expected = 0
+        self.faults = self.recovered = self.pending = self.expected = 0
         (folder / "logs").mkdir()
         self.out.mkdir()
         self.mounted = not os.getuid() and not subprocess.call(
@@ -172,7 +172,7 @@ class Lab:
 
     def happened(self, text: str, resume: int) -> None:
         """Tells of a fault, after which the next start has to go on from step ``resume``."""
-        self.faults, self.expected = self.faults + 1, resume
+        self.faults, self.pending, self.expected = self.faults + 1, self.pending + 1, resume
         print(f"{self.faults:3d}  {text}", flush=True)
 
     def goes_on(self, run: Run) -> None:
@@ -180,10 +180,11 @@ class Lab:
         run.wait_for_steps(1)
         step = run.lines()[1]["step"] - 1
         if step == self.expected:
-            self.recovered = self.faults
+            self.recovered += self.pending
             print(f"       goes on from step {step} with {run.kind}", flush=True)
         else:
             print(f"       WENT ON from step {step}, not {self.expected}, with {run.kind}")
+        self.pending = 0
 
 
 # --- the faults ----------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def fill_disk(lab: Lab) -> None:
     assert "could not write" in run.text, run.text
     assert said in run.text, run.text
     kind = "a full disk (tmpfs)" if lab.mounted else "a file that may not grow (RLIMIT_FSIZE)"
-    lab.happened(f"{kind}: an error that names the checkpoint; the ones before stay", lab.newest())
+    lab.happened(f"{kind}: an error names the file, checkpoints stay", lab.newest())
 
 
 def lose_rank(lab: Lab) -> None:
@@ -301,7 +302,7 @@ def lose_rank(lab: Lab) -> None:
     assert run.end(600) == 0, run.text
     step = run.lines(restart=1)[1]["step"] - 1
     print(f"       torchrun itself went on from step {step}, to the end")
-    lab.recovered = lab.faults
+    lab.recovered += 1
 
 
 # --- all of them ----------------------------------------------------------------------------------
