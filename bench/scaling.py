@@ -295,7 +295,8 @@ def product_rate(runs: dict[Cell, list[dict]], world: int, device: str) -> float
 
 def row(cell: Cell, runs: dict[Cell, list[dict]], device: str) -> dict[str, object]:
     """The rounds of a cell as one row. ``against_one`` is the median over rounds of images a second
-    over those of one process in the same round, with the same batch a process."""
+    over those of one process in the same round, with the same batch a process; ``load`` is that of
+    whichever of the two had more."""
     found, alone = runs[cell], [c for c in runs if _partner(c) == _partner(cell) and c.world == 1]
     label = asdict(cell) | {"rounds": len(found), "time": now(), "cores": _cores()}
     for run in found:
@@ -303,10 +304,11 @@ def row(cell: Cell, runs: dict[Cell, list[dict]], device: str) -> dict[str, obje
             return label | {"error": run["error"]}
     rates = [cell.batch * cell.world / statistics.median(run["times"]) for run in found]
     timing = percentiles([seconds for run in found for seconds in run["times"]])
-    first, ratio = found[0], None
+    first, ratio, load = found[0], None, 0.0
     if alone and not any("error" in run for run in runs[alone[0]]):
         ones = [cell.batch / statistics.median(run["times"]) for run in runs[alone[0]]]
         ratio = statistics.median(many / one for many, one in zip(rates, ones, strict=True))
+        load = statistics.median(run["load"] for run in runs[alone[0]])
     peak_rate = product_rate(runs, cell.world, device)
     return label | {
         "steps": sum(len(run["times"]) for run in found),
@@ -315,7 +317,7 @@ def row(cell: Cell, runs: dict[Cell, list[dict]], device: str) -> dict[str, obje
         "against_one": ratio,
         "mfu": statistics.median(rates) * first["flops"] / peak_rate,
         "product_rate": peak_rate,
-        "load": statistics.median(run["load"] for run in found),
+        "load": max(load, statistics.median(run["load"] for run in found)),
         "peak": statistics.median(run["peak"] for run in found),
         **{key: first[key] for key in ("peak_formula", "state", "state_formula", "parameters")},
     }

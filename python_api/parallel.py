@@ -99,12 +99,32 @@ def join_world(device: str | None = None) -> Iterator[World]:
         yield World(device=here)
         return
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=here if kind == "cuda" else None)
+    store, rank, size = _meeting_place()
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+        device_id=here if kind == "cuda" else None,
+    )
     try:
         groups = [dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in ("control", "saves")]
-        yield World(dist.get_rank(), dist.get_world_size(), here, *groups)
+        yield World(rank, size, here, *groups)
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """Where the processes find each other; rank, and how many there are."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    store.set_timeout(_TIMEOUT)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun hands the store on to the processes that it starts again, and in it the addresses
+        # of those that died.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start-{start}", store)
+    return store, rank, size
 
 
 def parallelize(
