@@ -167,7 +167,8 @@ def plot(results: list[dict], path: Path) -> None:
             line = [r for r in line if r["fits"]]
             x, y = [r["world"] for r in line], [r["kept_rate"][0] for r in line]
             label = f"{model}, {NAMES[parallel]}"
-            kept.semilogx(x, y, style, base=2, color=f"C{number}", label=label)
+            if line:
+                kept.semilogx(x, y, style, base=2, color=f"C{number}", label=label)
     kept.set(xlabel="GPUs", ylim=(0, 1.05))
     kept.set_title(f"plan: part of the computing rate kept (low rate, {H100.mfu[0]:.0%})")
     for axes in (peaks, ratios, kept):

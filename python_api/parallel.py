@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -121,9 +122,16 @@ def _meeting_place() -> tuple[dist.Store, int, int]:
     store.set_timeout(_TIMEOUT)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun hands the store on to the processes that it starts again, and in it the addresses
-        # of those that died.
+        # of those that died. The machines count these starts each on its own.
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start-{start}", store)
+        several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+        if several and rank == 0 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            warnings.warn(
+                "torchrun --max-restarts on several machines hangs after a restart, unless it is "
+                "started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment",
+                stacklevel=4,
+            )
     return store, rank, size
 
 
