@@ -4,7 +4,6 @@ python tests/faults.py [--kills 20] [--seed 0] [--processes 2]
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -62,8 +61,8 @@ def program(argv: list[str]) -> int:
 class Run:
     """One start of the training, by torchrun where it has several processes."""
 
-    def __init__(self, lab: "Lab", processes: int, *options: str, restarts: int = 0, out=None):
-        lab.starts += 1
+    def __init__(self, lab: "Lab", processes: int, restarts: int = 0, out: Path | None = None):
+        lab.starts, lab.run = lab.starts + 1, self
         self.log, self.processes = lab.folder / "logs" / f"{lab.starts:03d}", processes
         command = [sys.executable]
         if processes > 1:
@@ -76,7 +75,7 @@ class Run:
         self.kind = "1 process" if processes == 1 else f"{processes} processes, {parallel}"
         with open(f"{self.log}.txt", "w") as file:
             self.process = subprocess.Popen(
-                [*command, *options],
+                command,
                 cwd=lab.folder,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdout=file,
@@ -119,7 +118,7 @@ class Lab:
     def __init__(self, folder: Path, kills: int, processes: int, pause: float):
         self.folder, self.processes, self.pause = folder, processes, pause
         self.store, self.calm, self.out = folder / "store", folder / "calm", folder / "out"
-        self.steps, self.starts = 60 + 15 * kills, 0
+        self.steps, self.starts, self.run = 60 + 15 * kills, 0, None
         self.faults = self.recovered = self.pending = self.expected = 0
         (folder / "logs").mkdir()
         self.out.mkdir()
@@ -152,6 +151,9 @@ class Lab:
         subprocess.run(command, cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
 
     def close(self) -> None:
+        if self.run is not None and self.run.process.poll() is None:
+            self.run.process.terminate()  # with its ranks
+            self.run.process.wait()
         if self.mounted:
             subprocess.call(["umount", self.out])
 
@@ -202,15 +204,14 @@ def kill(lab: Lab, processes: int, generator: random.Random) -> bool:
     time.sleep(generator.random() * (0.03 if aimed else 0.3))
     pids = run.pids()
     rank = generator.randrange(processes + (processes > 1))
-    who = f"rank {rank}" if rank < processes else "all"
-    for pid in pids if who == "all" else pids[rank : rank + 1]:
+    who = f"rank {rank} of {processes}" if rank < processes else f"all {processes}"
+    hit, step = lab.partials() > 0, run.lines()[-1]["step"]
+    for pid in pids[rank : rank + 1] if rank < processes else pids:
         os.kill(pid, signal.SIGKILL)
     assert run.end() != 0
     wait_until_gone(pids)
-    hit = lab.partials() > 0
-    step = run.lines()[-1]["step"]
     where = "in a save" if hit else "between saves"
-    lab.happened(f"kill -9 of {who} of {processes}, step {step}, {where}", lab.newest())
+    lab.happened(f"kill -9 of {who}, step {step}, {where}", lab.newest())
     return hit
 
 
@@ -312,6 +313,8 @@ def prove(lab: Lab, exact: bool) -> list[str]:
     """Lines that say what holds; AssertionError where something does not."""
     shown = check_shown(lab.folder / "logs", BATCH)
     error = check_metrics(lab.calm, lab.out, lab.steps, NAN_STEP)
+    lab.happened(f"NaN in an image of step {NAN_STEP}: the step was refused", lab.steps)
+    lab.recovered += 1
     weights = weights_differ(lab.calm / "model.safetensors", lab.out / "model.safetensors")
     if exact:
         assert error == weights == 0, (error, weights)
@@ -367,8 +370,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="every second start has one")
     parser.add_argument("--pause", type=float, default=0.04, help="seconds added to a step")
     args = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-"))
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         return campaign(Path(folder), args.kills, args.seed, args.processes, args.pause)
 
 

@@ -15,4 +15,4 @@ def test_a_run_survives_what_is_done_to_it():
     assert result.returncode == 0, result.stdout + result.stderr
     last = result.stdout.splitlines()[-1]
     done, recovered = re.fullmatch(r"(\d+) faults, (\d+) recovered", last).groups()
-    assert done == recovered == "7"
+    assert done == recovered == "8"
