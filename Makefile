@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 FLOWOPS_CUDA ?= 0
 INSTALL := FLOWOPS_CUDA=$(FLOWOPS_CUDA) $(PIP) --editable
 
-.PHONY: demo test bench bench-overhead gpu gpu-ready gpu-sanitize lint format clean
+.PHONY: demo test bench bench-overhead gpu gpu-ready gpu-sanitize gpu-train lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test    the whole test suite"
 	@echo "make bench   time ops and model against plain PyTorch, update the README's table"
 	@echo "make gpu     on a machine with a GPU: its tests, then the benchmark; ONLY='attention gram'"
+	@echo "make gpu-train  there too: training's tests, then steps of 2-768-8-8 at 64x64"
 	@echo "make lint    formatting, lint and banned calls"
 
 # torch comes first and pinned: a range would let pip take a build for another device.
@@ -87,6 +88,14 @@ gpu-sanitize:
 	@status=0; for tool in memcheck racecheck synccheck; do \
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	$(PYTHON) $(GPU_TESTS) -k sanitize || status=1; done; exit $$status
+
+# Training on a GPU: its tests, then steps of the published size by batch, checkpoints and memory.
+gpu-train: gpu-ready
+	@status=0; \
+	$(PYTHON) -m pytest tests/gpu/test_training.py -W default \
+	-o addopts="--import-mode=importlib -q" || status=1; \
+	$(PYTHON) -m flowops bench scaling --models 2-768-8-8@3x64 --batches 8 32 --seconds 10 --compile \
+	|| status=1; exit $$status
 
 CXX_FILES := csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh tests/emulator/*.h
 

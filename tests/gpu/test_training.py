@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+pytest.importorskip("safetensors")  # which the other tests of a GPU do without
+
 from flowops.api.data import Images
 from flowops.api.parallel import World
 from flowops.api.run_checkpoints import Checkpoints
