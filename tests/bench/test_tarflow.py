@@ -148,7 +148,7 @@ def test_a_wrong_upstream_is_a_clear_error(tmp_path, model):
 def test_demo_runs_and_measures_itself(tmp_path, monkeypatch):
     for name in ("compare_training", "compare_sampling"):
         monkeypatch.setattr(demo, name, partial(getattr(demo, name), seconds=0.1))
-    metrics = demo.run(demo.DemoConfig(out=tmp_path, minutes=0.02, per_digit=4))
+    metrics = demo.run(demo.DemoConfig(out=tmp_path, minutes=5, max_steps=40, per_digit=4))
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["bits_per_dim"] == metrics["bits_per_dim"] < written["bits_per_dim_start"]
     for name in (

@@ -575,10 +575,10 @@ SLOW = PrepareConfig(img_size=64, shard_images=20)
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """A source that takes a second or more, and the store that it makes."""
+    """A source that takes seconds, and the store that it makes."""
     folder = tmp_path_factory.mktemp("slow") / "source"
     file = io.BytesIO()
-    Image.fromarray(GENERATOR.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(file, "JPEG")
+    Image.fromarray(GENERATOR.integers(0, 256, (800, 800, 3), dtype=np.uint8)).save(file, "JPEG")
     for k in range(240):
         path = folder / f"c{k % 2}" / f"{k:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
