@@ -74,6 +74,11 @@ def scale_pixels(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1], clamped, to the nearest of 256 levels, uint8."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def load_images(source: str, img_size: int | None = None, channels: int = 3) -> Images:
     """Loads a data set.
 
@@ -220,7 +225,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int, zoom: int = 2) -> 
     sheet = torch.full(
         (c, rows * (H + gap) + gap, columns * (W + gap) + gap), 96, dtype=torch.uint8
     )
-    tiles = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    tiles = to_pixels(images.cpu())
     for i, tile in enumerate(tiles):
         top = gap + (i // columns) * (H + gap)
         left = gap + (i % columns) * (W + gap)

@@ -20,6 +20,7 @@ from flowops import noise_normal
 
 from .batching import fitting_batch, in_batches
 from .checkpoint import read_tensors
+from .data import to_pixels
 from .decode import Guidance, Solver
 from .evaluate import check_data, image_batches, share, together
 from .loading import ImageSource
@@ -180,11 +181,6 @@ def sample_labels(data: ImageSource, n: int, num_classes: int) -> Tensor | None:
     if labels is None:
         return numbers % num_classes
     return labels.cpu().sort().values[numbers * len(labels) // n]
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped, to the nearest of 256 levels, uint8."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 # --- parts ---------------------------------------------------------------------------------------

@@ -62,10 +62,8 @@ class World:
     def agree(self, error: Exception | None) -> None:
         """Raises where any rank has failed, so that none waits for another: the own error, or one
         that tells the first other's."""
-        if self.size == 1:
-            errors = [None]
-        else:
-            errors = [None] * self.size
+        errors = [None] * self.size
+        if self.size > 1:
             told = None if error is None else f"{type(error).__name__}: {error}"
             dist.all_gather_object(errors, told, group=self.control)
         if error is not None:
